@@ -1,0 +1,35 @@
+# `make run` serves, `make test` runs every test; both set up first what is missing.
+SHELL := /bin/bash
+BIN := .venv/bin
+SUITES := $(wildcard tests/unit tests/integration tests/e2e tests/chaos)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-unit lint model clean
+
+help: ## Say what there is
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: ## Install what uv.lock names into .venv
+	@.ci/setup
+
+run: setup ## Serve: prints the address, a key and a request to paste (stop with Ctrl-C)
+	@$(BIN)/comp-ai up
+
+model: setup
+	@$(BIN)/comp-ai model fetch
+
+lint: setup ## Check style, types and import borders
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: model lint ## Run every check and every test
+	$(BIN)/pytest $(SUITES)
+
+test-unit: setup ## Run the unit tests
+	$(BIN)/pytest tests/unit
+
+clean: ## Remove what set-up and the checks made (no data of the service)
+	rm -rf .venv .tools build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

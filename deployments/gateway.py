@@ -1,0 +1,124 @@
+"""The gateway's Serve application: Gateway, Limits and RequestLog."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from deployments.limits import Limits
+from deployments.metrics import RayGatewayMetrics
+from deployments.request_log import RequestLog, RequestLogOptions
+from deployments.seams import RayLimitKeeper, RayModelPool, RayRecordSink
+from serve_app.completions import gateway
+from serve_app.completions.body import Defaults
+from serve_app.completions.call import Parts
+from serve_app.completions.upstream import new_session
+from serve_app.config import GatewayConfig, parse_config
+from serve_app.errors import ConfigError
+from serve_app.http_app import Check, create_app
+from serve_app.identity.authenticator import build_authenticator
+from serve_app.log_setup import log_as_json
+from serve_app.request_line import RequestLines
+from serve_app.settings import load_settings
+
+
+class GatewayArgs(BaseModel):
+    """`args` of the gateway's Serve application. Policy stands in `user_config`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    request_log: RequestLogOptions = Field(
+        default=RequestLogOptions(), description="Options of the request log."
+    )
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Build the gateway's Serve application. Raises ConfigError where `args` are wrong."""
+    options = parse_config(GatewayArgs, args, "args").request_log
+    return _bind(Gateway, _bind(Limits), _bind(RequestLog, options.model_dump()))
+
+
+def _bind(deployment: Any, *args: Any) -> Application:
+    # To a type checker a decorated deployment is still its class.
+    return deployment.bind(*args)
+
+
+@serve.deployment(
+    ray_actor_options={"num_cpus": 0.1},
+    max_ongoing_requests=2000,
+    # Serve finds a dead replica by these checks, so they bound how long it is missed.
+    health_check_period_s=2,
+    health_check_timeout_s=10,
+)
+@serve.ingress()
+class Gateway:
+    """Joins the parts of a gateway and serves its HTTP app."""
+
+    # Serve awaits a constructor that is a coroutine.
+    async def __init__(  # type: ignore[misc]
+        self, limits: DeploymentHandle, request_log: DeploymentHandle
+    ) -> None:
+        log_as_json(sys.stdout)
+        settings = load_settings()
+        self._authenticator = build_authenticator(settings)
+        self._authenticator.start()
+        self._limits = RayLimitKeeper(limits)
+        self._limits.start()
+        self._log = RayRecordSink(request_log)
+        self._models = RayModelPool()
+        self._parts = Parts(
+            authenticator=self._authenticator,
+            limits=self._limits,
+            models=self._models,
+            log=self._log,
+            metrics=RayGatewayMetrics(),
+            lines=RequestLines(sys.stdout),
+            session=new_session(),
+            defaults=Defaults(settings.service.max_tokens, settings.service.temperature),
+        )
+        self._gateway: gateway.Gateway | None = None
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take over the policy in `user_config`. Raises ConfigError where it is wrong."""
+        config = parse_config(GatewayConfig, user_config, "user_config")
+        if self._gateway is None:
+            self._gateway = gateway.Gateway(config, self._parts)
+        else:
+            self._gateway.config = config
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Return the HTTP app; Serve calls this after the constructor."""
+        return create_app(self._configured, self._checks)
+
+    async def check_health(self) -> None:
+        """Fail while there is no policy, so that the deployment says so."""
+        self._configured()
+
+    async def __del__(self) -> None:
+        """Finish what is under way, then close; Serve calls this after it has drained."""
+        if self._gateway is not None:
+            await self._gateway.close()
+        await self._limits.close()
+        await self._authenticator.close()
+
+    def _configured(self) -> gateway.Gateway:
+        if self._gateway is None:
+            raise ConfigError(
+                "user_config", None, "the gateway's policy, see docs/configuration.md"
+            )
+        return self._gateway
+
+    def _checks(self) -> list[Check]:
+        models = self._configured().config.models
+        return [
+            Check("limits", self._limits.works),
+            Check("request_log", self._log.works),
+            *(Check(f"model {m.name}", partial(self._models.ready, m)) for m in models),
+        ]

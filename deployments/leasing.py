@@ -1,0 +1,44 @@
+"""The half of a model deployment that does not depend on the engine: leases and HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import ray
+from ray import serve
+from starlette.types import ASGIApp
+
+from serve_app.contracts import LeaseGrant, LeaseHint
+from serve_app.replica import Abort, LeaseBook, LeaseDoor, ReplicaServer
+
+
+class Leasing:
+    """Mixin of a deployment class that serves an ASGI app under leases."""
+
+    async def open_door(self, app: ASGIApp, abort: Abort) -> None:
+        """Serve `app` behind a lease door on this node. Raises OSError if it cannot bind."""
+        self._leases = LeaseBook()
+        door = LeaseDoor(app, self._leases, abort)
+        self._http = ReplicaServer(door, ray.util.get_node_ip_address())
+        await self._http.start()
+
+    async def lease(self, _hint: LeaseHint) -> AsyncIterator[LeaseGrant]:
+        """Yield a grant once, then hold it until Ray cancels this call."""
+        async with self._leases.lease() as slot:
+            yield LeaseGrant(address=self._http.address, token=slot.token, replica_id=replica_id())
+            await asyncio.Event().wait()
+
+    def check_door(self) -> None:
+        """Raise RuntimeError if the HTTP server has stopped."""
+        self._http.check()
+
+    @property
+    def live_leases(self) -> int:
+        """Leases that are held now."""
+        return len(self._leases)
+
+
+def replica_id() -> str:
+    """Return the id that Serve gave to this replica."""
+    return str(serve.get_replica_context().replica_id.unique_id)

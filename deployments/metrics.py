@@ -1,0 +1,63 @@
+"""The gateway's metrics, on Ray's metrics port. Ray puts `ray_` in front of each name.
+
+Observed once a request, never a token: Ray's agent handles every observation in Python.
+"""
+
+from __future__ import annotations
+
+from ray.serve.metrics import Counter, Histogram
+
+from serve_app.errors import RateLimited
+from serve_app.records import RequestRecord
+
+_DURATIONS_S = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600]
+_STEPS_S = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30]
+_LABELS = ("route", "model")
+
+
+class RayGatewayMetrics:
+    """Counts finished requests. Label values are routes and models of the config: bounded."""
+
+    def __init__(self) -> None:
+        self._requests = Counter(
+            "comp_ai_requests", "Requests ended.", (*_LABELS, "status", "outcome")
+        )
+        self._refused = Counter("comp_ai_limits_refused", "Requests over a limit.", _LABELS)
+        self._prompt_tokens = Counter("comp_ai_prompt_tokens", "Prompt tokens.", _LABELS)
+        self._completion_tokens = Counter(
+            "comp_ai_completion_tokens", "Completion tokens.", _LABELS
+        )
+        self._duration_s = Histogram(
+            "comp_ai_request_duration_s", "Whole time of a request.", _DURATIONS_S, _LABELS
+        )
+        self._steps_s = {
+            "auth_ms": Histogram("comp_ai_auth_s", "Time to authenticate.", _STEPS_S, _LABELS),
+            "limits_ms": Histogram("comp_ai_limits_s", "Time to reserve.", _STEPS_S, _LABELS),
+            "queue_ms": Histogram("comp_ai_queue_s", "Wait for a replica.", _DURATIONS_S, _LABELS),
+            "time_to_first_token_ms": Histogram(
+                "comp_ai_time_to_first_token_s", "Time to first token.", _DURATIONS_S, _LABELS
+            ),
+            "inter_token_mean_ms": Histogram(
+                "comp_ai_inter_token_s",
+                "Mean time between the tokens of one request.",
+                _STEPS_S,
+                _LABELS,
+            ),
+        }
+
+    def request_finished(self, record: RequestRecord, model_label: str) -> None:
+        """Count `record`."""
+        labels = {"route": record.route, "model": model_label}
+        outcome = {"status": str(record.status), "outcome": record.outcome.value}
+        self._requests.inc(1, labels | outcome)
+        self._duration_s.observe(record.duration_ms / 1000, labels)
+        for field, histogram in self._steps_s.items():
+            if (milliseconds := getattr(record, field)) is not None:
+                histogram.observe(milliseconds / 1000, labels)
+        if record.error_code == RateLimited.code:
+            self._refused.inc(1, labels)
+        # Ray refuses an increase by nothing.
+        if record.prompt_tokens:
+            self._prompt_tokens.inc(record.prompt_tokens, labels)
+        if record.completion_tokens:
+            self._completion_tokens.inc(record.completion_tokens, labels)

@@ -1,0 +1,145 @@
+"""The request log as a Ray Serve deployment: one replica that owns the spool.
+
+One replica, because one process holds a spool. Appends wait in groups for one fsync, so
+very many may be under way at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from serve_app.accounts import request_log
+from serve_app.accounts.request_log import LogConfig, LogStatus
+from serve_app.accounts.spool import Spool
+from serve_app.config import parse_config
+from serve_app.log_setup import log_as_json
+from serve_app.records import RequestRecord
+from serve_app.settings import load_settings
+
+_WRITE_BOUNDARIES_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
+
+
+class RequestLogOptions(BaseModel):
+    """What the Serve config may say of the request log."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spool_folder: Path | None = Field(
+        default=None, description="Folder of the spool; `<COMP_AI_HOME>/spool` where not set."
+    )
+    spool_max_bytes: int | None = Field(
+        default=None,
+        ge=1024 * 1024,
+        description="Largest spool; further requests are then refused. No limit where not set.",
+    )
+    lock_timeout_s: float = Field(
+        default=30.0, ge=0, description="Longest wait for the previous replica to let go."
+    )
+    drain_timeout_s: float = Field(
+        default=10.0, ge=0, description="Longest wait for PostgreSQL when the replica stops."
+    )
+    batch_rows: int = Field(default=500, ge=1, le=10_000, description="Most rows in one write.")
+    write_timeout_s: float = Field(default=30.0, gt=0, description="Longest time for one write.")
+
+
+class RayLogMetrics:
+    """The log's measurements in Ray's metrics; they come out as `ray_comp_ai_log_…`."""
+
+    def __init__(self) -> None:
+        self._depth = Gauge(
+            "comp_ai_log_spool_depth", description="Records on disk that PostgreSQL lacks."
+        )
+        self._lag = Gauge(
+            "comp_ai_log_lag_s", description="Age of the oldest record that PostgreSQL lacks, s."
+        )
+        self._write = Histogram(
+            "comp_ai_postgres_write_s",
+            description="Time to write one batch of records to PostgreSQL, s.",
+            boundaries=_WRITE_BOUNDARIES_S,
+        )
+        self._rows = Counter(
+            "comp_ai_log_rows_written", description="Records written to PostgreSQL."
+        )
+
+    def spool_depth(self, rows: int) -> None:
+        """Set the gauge."""
+        self._depth.set(rows)
+
+    def spool_lag_s(self, seconds: float) -> None:
+        """Set the gauge."""
+        self._lag.set(seconds)
+
+    def postgres_write_s(self, seconds: float) -> None:
+        """Observe one batch."""
+        self._write.observe(seconds)
+
+    def rows_written(self, rows: int) -> None:
+        """Count rows; Ray refuses to count 0."""
+        self._rows.inc(rows)
+
+
+@serve.deployment(
+    num_replicas=1,
+    max_ongoing_requests=10_000,
+    health_check_period_s=2,
+    health_check_timeout_s=10,
+    # Longer than `drain_timeout_s`, so that the drain is not cut off by Serve.
+    graceful_shutdown_timeout_s=30,
+    # A line for each append would cost more than the append.
+    logging_config={"enable_access_log": False},
+    ray_actor_options={"num_cpus": 0},
+)
+class RequestLog:
+    """Takes records from the gateways and sees them into PostgreSQL."""
+
+    async def __init__(self, options: dict[str, Any] | None = None) -> None:  # type: ignore[misc]
+        """Open the spool; PostgreSQL need not be there.
+
+        Raises:
+            ConfigError: an option or a setting is wrong, or the spool cannot be opened.
+        """
+        log_as_json(sys.stdout)
+        self._options = parse_config(RequestLogOptions, options or {}, "request_log")
+        settings = load_settings()
+        folder = self._options.spool_folder or settings.service.home_path / "spool"
+        spool = Spool(
+            folder,
+            lock_timeout_s=self._options.lock_timeout_s,
+            max_bytes=self._options.spool_max_bytes,
+        )
+        self._log = request_log.RequestLog(
+            spool=spool,
+            postgres=settings.postgres,
+            metrics=RayLogMetrics(),
+            config=LogConfig(
+                batch_rows=self._options.batch_rows, write_timeout_s=self._options.write_timeout_s
+            ),
+        )
+        await self._log.start()
+
+    async def append(self, record: RequestRecord) -> None:
+        """Return once `record` is on disk; safe to repeat.
+
+        Raises:
+            LogUnavailable: the record is not known to be safe.
+        """
+        await self._log.append(record)
+
+    async def status(self) -> LogStatus:
+        """Return how the log is."""
+        return await self._log.status()
+
+    async def check_health(self) -> None:
+        """Raise LogBroken where the spool or its drain died: Serve then replaces us."""
+        self._log.check()
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica stops: move what can be moved, keep the rest."""
+        await self._log.drain(self._options.drain_timeout_s)
+        await self._log.close()

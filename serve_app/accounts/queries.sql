@@ -1,0 +1,25 @@
+-- Named queries of the accounts; loaded by serve_app/accounts/queries.py.
+
+-- name: stage_requests
+-- Once a session, as the next. The columns alone, without constraints: the INSERT checks
+-- them, and one bad row is then found by halving.
+create temporary table if not exists staged_requests on commit delete rows
+as select {columns} from comp_ai.requests with no data;
+
+-- name: stage_bodies
+create temporary table if not exists staged_bodies on commit delete rows
+as select {columns} from comp_ai.request_bodies with no data;
+
+-- name: insert_requests
+insert into comp_ai.requests ({columns})
+select {columns} from staged_requests
+on conflict do nothing;
+
+-- name: insert_bodies
+insert into comp_ai.request_bodies ({columns})
+select {columns} from staged_bodies
+on conflict do nothing;
+
+-- name: ensure_partitions
+-- This month and the next two, in UTC.
+select comp_ai.ensure_request_partitions((now() at time zone 'UTC')::date, 3);

@@ -1,0 +1,343 @@
+"""The request log: takes records at once, and sees them into PostgreSQL.
+
+`append` answers when the record is in the spool. One task, the drain, moves rows from the
+spool to PostgreSQL for as long as the log lives, and survives PostgreSQL's absences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import asyncpg
+
+from serve_app.accounts import writer
+from serve_app.accounts.metrics import LogMetrics
+from serve_app.accounts.queries import queries
+from serve_app.accounts.spool import Spool, SpooledRow
+from serve_app.database import CONNECT_ERRORS, DatabaseUnavailable, connect
+from serve_app.errors import CompAIError, LogUnavailable
+from serve_app.records import RequestRecord
+from serve_app.settings import PostgresSettings
+
+_logger = logging.getLogger(__name__)
+
+# A spool that refuses (disk full) is an outage like PostgreSQL's: wait and try again.
+_OUTAGES = (*CONNECT_ERRORS, asyncpg.InternalClientError, DatabaseUnavailable, LogUnavailable)
+
+
+class LogBroken(CompAIError):
+    """The request log stopped working and must be replaced."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """How the log drains."""
+
+    batch_rows: int = 500
+    batch_bytes: int = 8 * 1024 * 1024
+    write_timeout_s: float = 30.0
+    backoff_first_s: float = 0.2
+    backoff_most_s: float = 10.0
+    partitions_every_s: float = 24 * 3600.0
+    gauges_every_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogStatus:
+    """How the log is. `last_error` is a class name; counts are since the start."""
+
+    depth: int
+    lag_s: float
+    postgres_ok: bool
+    last_write_ms: float | None
+    written_total: int
+    poison_total: int
+    last_error: str | None
+
+
+class RequestLog:
+    """Owns a spool and the task that drains it. A `RecordSink` of `serve_app.contracts`."""
+
+    def __init__(
+        self,
+        *,
+        spool: Spool,
+        postgres: PostgresSettings,
+        metrics: LogMetrics,
+        config: LogConfig | None = None,
+    ) -> None:
+        self._spool = spool
+        self._postgres = postgres
+        self._metrics = metrics
+        self._config = config or LogConfig()
+        self._task: asyncio.Task[None] | None = None
+        self._connection: asyncpg.Connection | None = None
+        self._work = asyncio.Event()  # something may have to be done
+        self._empty = asyncio.Event()  # nothing was left when the drain last looked
+        self._hurry = asyncio.Event()  # somebody waits for the spool to empty: no backoff
+        self._failures = 0
+        self._postgres_ok = False
+        self._last_write_ms: float | None = None
+        self._written = 0
+        self._poisoned = 0
+        self._last_error: str | None = None
+        self._partitions_due = 0.0
+        self._gauges_due = 0.0
+        self._gauged: int | None = None
+        self._gauge_again = 0.0
+
+    async def start(self) -> None:
+        """Open the spool and start draining; PostgreSQL need not be there.
+
+        Raises:
+            ConfigError: the spool cannot be opened, or another process holds it.
+        """
+        await self._spool.open()
+        self._work.set()
+        self._task = asyncio.create_task(self._drain_for_ever(), name="request-log-drain")
+
+    async def append(self, record: RequestRecord) -> None:
+        """Return once `record` is on disk; safe to repeat, and done even if cancelled.
+
+        Raises:
+            LogUnavailable: the record is not known to be safe.
+        """
+        try:
+            await self._spool.append(record)
+        finally:
+            # Also when this task is cancelled: the spool writes the record all the same.
+            self._empty.clear()
+            self._work.set()
+
+    def check(self) -> None:
+        """Say nothing where the log works; PostgreSQL's absence is not a fault of ours.
+
+        Raises:
+            LogBroken: the drain or the spool is dead; says which.
+        """
+        if self._task is None:
+            raise LogBroken("The request log was not started.")
+        if self._task.done():
+            cause = None if self._task.cancelled() else self._task.exception()
+            name = type(cause).__name__ if cause else "cancelled"
+            raise LogBroken(f"The drain of the request log ended: {name}.") from cause
+        if not self._spool.alive:
+            raise LogBroken("The spool of the request log ended.")
+
+    async def status(self) -> LogStatus:
+        """Return how the log is.
+
+        Raises:
+            LogUnavailable: the spool cannot be read.
+        """
+        state = await self._spool.state()
+        return LogStatus(
+            depth=state.depth,
+            lag_s=state.oldest_age_s,
+            postgres_ok=self._postgres_ok,
+            last_write_ms=self._last_write_ms,
+            written_total=self._written,
+            poison_total=self._poisoned,
+            last_error=self._last_error,
+        )
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Wait until every record appended before is in PostgreSQL; False after `timeout_s`.
+
+        What is left then stays in the spool for the next start.
+        """
+        self._hurry.set()
+        self._work.set()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        except TimeoutError:
+            return False
+        finally:
+            self._hurry.clear()
+        return True
+
+    async def close(self) -> None:
+        """Stop draining and close the spool; what is in it stays there."""
+        if self._connection is not None:
+            self._connection.terminate()  # else the cancelled write would wait for its rollback
+        if self._task is not None:
+            self._task.cancel()
+            # A drain that died of an error has said so in `check`.
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._spool.close()
+
+    # The drain.
+
+    async def _drain_for_ever(self) -> None:
+        while True:
+            try:
+                async with self._session() as connection:
+                    await self._drain_session(connection)
+            except _OUTAGES as error:
+                self._note(error)
+                await self._back_off()
+
+    @asynccontextmanager
+    async def _session(self) -> AsyncIterator[asyncpg.Connection]:
+        connection = await connect(self._postgres, application_name="comp-ai request-log")
+        try:
+            self._connection = connection
+            # An idle drain learns at once that the server left.
+            connection.add_termination_listener(lambda _: self._work.set())
+            with self._limit(connection):
+                await writer.prepare_session(connection)
+            self._partitions_due = 0.0
+            yield connection
+        finally:
+            self._connection = None
+            # Not `close`: it would wait for a server that may not answer any more. After a
+            # write that was cut off there is nothing to end politely either.
+            connection.terminate()
+
+    @contextlib.contextmanager
+    def _limit(self, connection: asyncpg.Connection) -> Iterator[None]:
+        """Cut the connection if what runs inside takes longer than the write timeout.
+
+        A timeout by cancellation would still wait for the rollback, on a link that is dead.
+        """
+        loop = asyncio.get_running_loop()
+        handle = loop.call_later(self._config.write_timeout_s, connection.terminate)
+        try:
+            yield
+        finally:
+            handle.cancel()
+
+    async def _drain_session(self, connection: asyncpg.Connection) -> None:
+        while True:
+            self._work.clear()
+            await self._ensure_partitions(connection)
+            while rows := await self._next_batch():
+                await self._move(connection, rows)
+                await self._report()
+            self._settled()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._idle_s()):
+                    await self._work.wait()
+            if connection.is_closed():
+                raise ConnectionResetError
+
+    async def _next_batch(self) -> list[SpooledRow]:
+        # Smaller after each failure: a batch may be what PostgreSQL has no time or memory for.
+        rows = max(1, self._config.batch_rows >> min(self._failures, 16))
+        return await self._spool.batch(rows, max_bytes=self._config.batch_bytes)
+
+    async def _move(self, connection: asyncpg.Connection, rows: list[SpooledRow]) -> None:
+        records, poison = _decode(rows)
+        started = time.monotonic()
+        with self._limit(connection):
+            report = await writer.write(connection, records)
+        self._note_write(time.monotonic() - started, report.written)
+        poison += report.poison
+        if poison:
+            await self._set_aside(poison)
+        bad = {row_id for row_id, _ in poison}
+        await self._spool.discard(row.id for row in rows if row.id not in bad)
+
+    async def _set_aside(self, poison: list[tuple[uuid.UUID, str]]) -> None:
+        await self._spool.set_aside(poison)
+        self._poisoned += len(poison)
+        for row_id, reason in poison:
+            _logger.error(
+                "PostgreSQL refuses the record %s; it was set aside",
+                row_id,
+                extra={"action": "request_log.poison", "record": str(row_id), "reason": reason},
+            )
+
+    async def _ensure_partitions(self, connection: asyncpg.Connection) -> None:
+        if time.monotonic() < self._partitions_due:
+            return
+        try:
+            with self._limit(connection):
+                await connection.execute(queries()["ensure_partitions"])
+        except asyncpg.PostgresError as error:
+            # The default partition takes the rows meanwhile.
+            self._note(error)
+        self._partitions_due = time.monotonic() + self._config.partitions_every_s
+
+    def _idle_s(self) -> float:
+        until_partitions_s = self._partitions_due - time.monotonic()
+        return max(0.0, min(until_partitions_s, self._config.gauges_every_s))
+
+    def _settled(self) -> None:
+        self._failures = 0
+        self._postgres_ok = True
+        if not self._work.is_set():  # else something came while we looked
+            self._empty.set()
+            self._gauge(0, 0.0)
+
+    def _note_write(self, seconds: float, written: int) -> None:
+        self._failures = 0
+        self._postgres_ok = True
+        self._last_write_ms = seconds * 1000
+        self._written += written
+        self._metrics.postgres_write_s(seconds)
+        if written:
+            self._metrics.rows_written(written)
+
+    def _note(self, error: Exception) -> None:
+        cause = error.__cause__ if isinstance(error, DatabaseUnavailable) else error
+        self._last_error = type(cause or error).__name__
+        self._postgres_ok = False
+        _logger.warning(
+            "the request log cannot move records to PostgreSQL; they wait in the spool",
+            extra={"action": "request_log.drain_failed", "error": self._last_error},
+        )
+
+    async def _back_off(self) -> None:
+        longest = min(
+            self._config.backoff_most_s, self._config.backoff_first_s * 2 ** min(self._failures, 16)
+        )
+        self._failures += 1
+        await self._report(at_once=True)
+        if self._hurry.is_set():
+            await asyncio.sleep(self._config.backoff_first_s)
+            return
+        # Jitter, so that the logs of several machines do not come back all at once.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(random.uniform(longest / 2, longest)):  # noqa: S311
+                await self._hurry.wait()
+
+    async def _report(self, *, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if now < self._gauges_due and not at_once:
+            return
+        self._gauges_due = now + self._config.gauges_every_s
+        try:
+            state = await self._spool.state()
+        except LogUnavailable:
+            return  # `check` tells whether the spool is dead
+        self._gauge(state.depth, state.oldest_age_s)
+
+    def _gauge(self, depth: int, lag_s: float) -> None:
+        # An empty spool is told again too: Ray drops a gauge that is not set any more.
+        now = time.monotonic()
+        if depth or self._gauged != 0 or now >= self._gauge_again:
+            self._metrics.spool_depth(depth)
+            self._metrics.spool_lag_s(lag_s)
+            self._gauge_again = now + self._config.gauges_every_s
+        self._gauged = depth
+
+
+def _decode(rows: list[SpooledRow]) -> tuple[list[RequestRecord], list[tuple[uuid.UUID, str]]]:
+    records: list[RequestRecord] = []
+    poison: list[tuple[uuid.UUID, str]] = []
+    for row in rows:
+        try:
+            records.append(RequestRecord.from_json(row.data))
+        except ValueError as error:  # of another release, or damaged
+            poison.append((row.id, f"not a record of this release: {type(error).__name__}"))
+    return records, poison

@@ -1,0 +1,117 @@
+"""Writing records into PostgreSQL: whole batches, each row once and only once.
+
+A batch is copied into staging tables and inserted from there in one transaction, with
+`on conflict do nothing`: repeating a batch after a lost answer adds nothing.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import asyncpg
+
+from serve_app.accounts.queries import queries
+from serve_app.records import RequestRecord
+
+_BODY_COLUMNS = ("id", "created_at", "request_body", "response_text")
+_COLUMNS = tuple(
+    f.name for f in fields(RequestRecord) if f.name not in ("request_body", "response_text")
+)
+# Column widths of the schema. A longer value is cut: the row matters more than its tail.
+_WIDTHS = {"request_id": 128, "principal_id": 255, "model": 100}
+
+# What PostgreSQL or asyncpg say when the row itself is at fault, and would be for ever.
+_ROW_ERRORS = (
+    asyncpg.DataError,
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.ProgramLimitExceededError,
+    ValueError,  # asyncpg's own, and its encoders': a value does not fit the column's type
+    OverflowError,
+    TypeError,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteReport:
+    """What became of a batch. Rows in neither place were in PostgreSQL before."""
+
+    written: int = 0
+    poison: list[tuple[uuid.UUID, str]] = field(default_factory=list)
+
+
+async def prepare_session(connection: asyncpg.Connection) -> None:
+    """Make the staging tables of this session.
+
+    Raises:
+        asyncpg.PostgresError: the schema is not there yet.
+    """
+    for name, columns in (("stage_requests", _COLUMNS), ("stage_bodies", _BODY_COLUMNS)):
+        await connection.execute(_query(name, columns))
+
+
+async def write(connection: asyncpg.Connection, records: Sequence[RequestRecord]) -> WriteReport:
+    """Write `records`, each once; name those that PostgreSQL will never take.
+
+    A bad row is found by halving the batch, so it costs about 2·log2(n) transactions.
+
+    Raises:
+        OSError, asyncpg.PostgresError, asyncpg.InterfaceError: PostgreSQL is away or
+            refuses all of them; nothing is known to be written, repeat the batch.
+    """
+    if not records:
+        return WriteReport()
+    try:
+        return WriteReport(written=await _write_together(connection, records))
+    except _ROW_ERRORS as error:
+        if len(records) == 1:
+            return WriteReport(poison=[(records[0].id, _reason(error))])
+    half = len(records) // 2
+    first = await write(connection, records[:half])
+    second = await write(connection, records[half:])
+    return WriteReport(written=first.written + second.written, poison=first.poison + second.poison)
+
+
+async def _write_together(connection: asyncpg.Connection, records: Sequence[RequestRecord]) -> int:
+    bodies = [_body_row(r) for r in records if (r.request_body, r.response_text) != (None, None)]
+    async with connection.transaction():
+        await connection.copy_records_to_table(
+            "staged_requests", columns=_COLUMNS, records=[_row(record) for record in records]
+        )
+        done = await connection.execute(_query("insert_requests", _COLUMNS))
+        if bodies:
+            await connection.copy_records_to_table(
+                "staged_bodies", columns=_BODY_COLUMNS, records=bodies
+            )
+            await connection.execute(_query("insert_bodies", _BODY_COLUMNS))
+    return int(done.rsplit(" ", 1)[1])  # "INSERT 0 <rows>"
+
+
+def _query(name: str, columns: tuple[str, ...]) -> str:
+    return queries()[name].format(columns=", ".join(columns))
+
+
+def _row(record: RequestRecord) -> tuple[Any, ...]:
+    return tuple(_value(record, column) for column in _COLUMNS)
+
+
+def _body_row(record: RequestRecord) -> tuple[Any, ...]:
+    return tuple(_value(record, column) for column in _BODY_COLUMNS)
+
+
+def _value(record: RequestRecord, column: str) -> Any:
+    value = getattr(record, column)
+    if not isinstance(value, str):
+        return value
+    # PostgreSQL's text cannot hold U+0000; U+FFFD stands for what could not be kept.
+    text = value.replace("\x00", "\N{REPLACEMENT CHARACTER}")
+    return text[: _WIDTHS.get(column)]
+
+
+def _reason(error: Exception) -> str:
+    """Say why a row was refused, without quoting it: the error's own text may."""
+    sqlstate = getattr(error, "sqlstate", None)
+    place = getattr(error, "constraint_name", None) or getattr(error, "column_name", None)
+    return " ".join(str(part) for part in (type(error).__name__, sqlstate, place) if part)

@@ -1,0 +1,193 @@
+"""The commands, and the one place where a failure becomes a line and an exit code.
+
+Exit codes: 0 done, 1 failed or not ready, 2 wrong configuration or usage. What a command
+needs is imported when it runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from serve_app.errors import CompAIError, ConfigError
+
+if TYPE_CHECKING:
+    from serve_app.settings import Settings
+
+_Result = TypeVar("_Result")
+
+app = typer.Typer(
+    name="comp-ai",
+    help="The completions service that a company runs for itself.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+keys_app = typer.Typer(help="API keys, for programs that have no OpenID Connect.")
+model_app = typer.Typer(help="Model weights.")
+app.add_typer(keys_app, name="keys", no_args_is_help=True)
+app.add_typer(model_app, name="model", no_args_is_help=True)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line; a failure of ours is one line on stderr."""
+    try:
+        app()
+    except ConfigError as error:
+        _fail(str(error), 2)
+    except CompAIError as error:
+        _fail(str(error), 1)
+    except ModuleNotFoundError as error:
+        _fail(f"the library {error.name} is missing: run `make setup`", 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"comp-ai: {message}", err=True)
+    sys.exit(code)
+
+
+def _settings() -> Settings:
+    from serve_app.settings import load_settings
+
+    return load_settings()
+
+
+def _run(work: Coroutine[Any, Any, _Result]) -> _Result:
+    return asyncio.run(work)
+
+
+@app.command()
+def up(
+    config: Annotated[
+        Path | None, typer.Option(help="Serve config YAML; configs/local-cpu.yaml if not given.")
+    ] = None,
+) -> None:
+    """Start everything on this machine and serve until Ctrl-C."""
+    from rich.console import Console
+
+    from serve_app.stack.up import DEFAULT_CONFIG
+    from serve_app.stack.up import up as run_up
+
+    settings = _settings()
+    raise typer.Exit(_run(run_up(settings, config or DEFAULT_CONFIG, Console(stderr=True))))
+
+
+@app.command()
+def status(as_json: JsonOption = False) -> None:
+    """Say what runs; exit code 1 if no completion can be served now."""
+    from serve_app.cli.status import collect, show
+
+    found = _run(collect(_settings()))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, default=str))
+    else:
+        show(found)
+    raise typer.Exit(0 if found["ready"] else 1)
+
+
+@app.command()
+def migrate(
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be applied.")] = False,
+) -> None:
+    """Bring the database schema up to date."""
+    from serve_app import database
+    from serve_app.stack.accounts import MIGRATIONS
+
+    run = database.plan if plan else database.migrate
+    migrations = _run(run(_postgres(), directory=MIGRATIONS))
+    word = "to apply" if plan else "applied"
+    for migration in migrations:
+        typer.echo(f"{word}: {migration.version:04}_{migration.name}")
+    if not migrations:
+        typer.echo("the schema is up to date")
+
+
+@app.command()
+def token(
+    subject: Annotated[
+        str, typer.Option(help="Local issuer: who the token is for.")
+    ] = "local-user",
+    role: Annotated[
+        list[str] | None, typer.Option(help="Local issuer: realm role; may be repeated.")
+    ] = None,
+    expires_in_s: Annotated[
+        float, typer.Option(help="Local issuer: how long it is valid.", min=1, max=86400)
+    ] = 3600,
+) -> None:
+    """Print an access token: of the local issuer, or of the configured one for our client."""
+    from serve_app.cli.tokens import obtain
+
+    roles = role or ["comp-ai:user"]
+    typer.echo(_run(obtain(_settings(), subject, roles, expires_in_s)))
+
+
+@keys_app.command("create")
+def keys_create(
+    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    owner: Annotated[str, typer.Option(help="Principal that its requests are accounted to.")],
+    permission: Annotated[
+        list[str] | None, typer.Option(help="Permission; may be repeated.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Model it may use; may be repeated; all if none.")
+    ] = None,
+    expires_in_days: Annotated[
+        float | None, typer.Option(help="Days until it expires; never if not given.", min=0.001)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a key and print it, for the only time."""
+    from serve_app.cli import keys
+
+    permissions = permission or ["comp-ai:user"]
+    _run(keys.create(_postgres(), name, owner, permissions, model, expires_in_days, as_json))
+
+
+@keys_app.command("list")
+def keys_list(
+    owner: Annotated[str | None, typer.Option(help="Only keys of this principal.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List keys; never the keys themselves."""
+    from serve_app.cli import keys
+
+    _run(keys.show(_postgres(), owner, as_json))
+
+
+@keys_app.command("revoke")
+def keys_revoke(
+    key: Annotated[str, typer.Argument(help="Id or prefix of the key.")],
+) -> None:
+    """Revoke a key for good; gateways forget it within their cache time."""
+    from serve_app.cli import keys
+
+    raise typer.Exit(_run(keys.revoke(_postgres(), key)))
+
+
+@model_app.command("fetch")
+def model_fetch() -> None:
+    """Prepare SmolLM2-135M-Instruct, the model of configs/local-cpu.yaml."""
+    from serve_app.models.fetch import fetch_smollm2
+
+    folder = fetch_smollm2(_settings().service.models_path, lambda text: typer.echo(text, err=True))
+    typer.echo(str(folder))
+
+
+def _postgres() -> Any:
+    import os
+
+    from serve_app.stack.accounts import postgres_settings
+    from serve_app.stack.home import Home
+
+    settings = _settings()
+    return postgres_settings(settings, Home(settings.service.home_path), os.environ)

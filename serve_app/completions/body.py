@@ -1,0 +1,207 @@
+"""The request body: parsed once, checked where we govern, passed on otherwise as it came."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from serve_app.config import GatewayConfig, ModelEntry
+from serve_app.errors import InvalidRequest, MalformedBody, ModelNotFound, UnsupportedParameter
+from serve_app.identity.principal import Principal
+
+
+class Kind(enum.StrEnum):
+    """A completions endpoint; the value is the path below the engine's root."""
+
+    CHAT = "/v1/chat/completions"
+    TEXT = "/v1/completions"
+
+    @property
+    def route(self) -> str:
+        """The name of the endpoint in records and metrics."""
+        return "chat.completions" if self is Kind.CHAT else "completions"
+
+
+# vLLM takes unknown fields in silence, so what may pass is listed here. Left out on purpose:
+# what steers the server itself (request_id, kv_transfer_params, chat_template, priority, …).
+_SAMPLING = frozenset(
+    "allowed_token_ids bad_words frequency_penalty ignore_eos include_stop_str_in_output "
+    "length_penalty logit_bias logprobs max_tokens min_p min_tokens model n presence_penalty "
+    "prompt_logprobs repetition_penalty response_format return_token_ids "
+    "return_tokens_as_token_ids seed skip_special_tokens spaces_between_special_tokens stop "
+    "stop_token_ids stream stream_options structured_outputs temperature "
+    "thinking_token_budget top_k top_p truncate_prompt_tokens user".split()
+)
+PARAMETERS: dict[Kind, frozenset[str]] = {
+    Kind.CHAT: _SAMPLING
+    | frozenset(
+        "add_generation_prompt chat_template_kwargs continue_final_message documents "
+        "include_reasoning max_completion_tokens messages parallel_tool_calls "
+        "reasoning_effort tool_choice tools top_logprobs".split()
+    ),
+    Kind.TEXT: _SAMPLING | frozenset("echo prompt suffix".split()),
+}
+_STREAM_OPTIONS = frozenset({"include_usage"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A checked request: what the path needs to know, and the bytes that go to the engine."""
+
+    kind: Kind
+    model: ModelEntry
+    stream: bool
+    wants_usage: bool
+    prompts: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a request gets where it names no value."""
+
+    max_tokens: int
+    temperature: float
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """Return the JSON object in `raw`. Raises MalformedBody for anything else."""
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        # Its message gives the place and never quotes the text.
+        raise MalformedBody(f"The request body is not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise MalformedBody("The request body must be a JSON object.")
+    return body
+
+
+def model_name(body: dict[str, Any]) -> str:
+    """Return the `model` of a body. Raises InvalidRequest where there is none."""
+    name = body.get("model")
+    if not isinstance(name, str) or not name:
+        raise InvalidRequest("`model` must be the name of a model.", param="model")
+    return name
+
+
+def find_model(config: GatewayConfig, name: str, principal: Principal) -> ModelEntry:
+    """Return the entry of the model `name`.
+
+    Raises:
+        ModelNotFound: there is none, or `principal` may not use it; the same to a caller.
+    """
+    model = config.model(name)
+    if model is None or not principal.may_use(name):
+        raise ModelNotFound(
+            f"The model `{name[:100]}` does not exist or you may not use it. "
+            "GET /v1/models lists the models that you may use.",
+            param="model",
+        )
+    return model
+
+
+def govern(kind: Kind, body: dict[str, Any], model: ModelEntry, defaults: Defaults) -> Ask:
+    """Check the fields that we govern, fill in defaults, and return what to send.
+
+    Raises:
+        UnsupportedParameter: a field that would not be honoured.
+        InvalidRequest: a governed field with a wrong value.
+        MalformedBody: nested too deeply.
+    """
+    _refuse_unknown(kind, body)
+    stream = _flag(body, "stream")
+    wants_usage = _wants_usage(body, stream=stream)
+    prompts = _prompts(kind, body)
+    _check_max_tokens(kind, body, model.max_tokens or defaults.max_tokens)
+    sent = _filled(kind, body, model, defaults)
+    if stream:
+        # Always asked for, so that the accounts have it; dropped where the client did not.
+        sent["stream_options"] = {"include_usage": True}
+    return Ask(
+        kind=kind,
+        model=model,
+        stream=stream,
+        wants_usage=wants_usage,
+        prompts=prompts,
+        payload=_payload(sent),
+    )
+
+
+def _payload(sent: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(sent)
+    except orjson.JSONEncodeError:
+        # It came out of JSON, so what cannot go back is deeper than orjson writes.
+        raise MalformedBody("The request body is nested too deeply.") from None
+
+
+def _refuse_unknown(kind: Kind, body: dict[str, Any]) -> None:
+    for name, value in body.items():
+        if name not in PARAMETERS[kind] and value is not None:
+            raise UnsupportedParameter(
+                f"The parameter `{name[:100]}` is not supported. Leave it out.", param=name[:100]
+            )
+
+
+def _flag(body: dict[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"`{name}` must be true or false.", param=name)
+    return value
+
+
+def _wants_usage(body: dict[str, Any], *, stream: bool) -> bool:
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not stream:
+        raise InvalidRequest(
+            "`stream_options` is allowed only with `stream: true`.", param="stream_options"
+        )
+    if not isinstance(options, dict):
+        raise InvalidRequest("`stream_options` must be an object.", param="stream_options")
+    for name in options.keys() - _STREAM_OPTIONS:
+        param = f"stream_options.{name[:100]}"
+        raise UnsupportedParameter(f"The parameter `{param}` is not supported.", param=param)
+    return _flag(options, "include_usage")
+
+
+def _prompts(kind: Kind, body: dict[str, Any]) -> int:
+    if kind is Kind.CHAT:
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise InvalidRequest("`messages` must be a list of messages.", param="messages")
+        return 1
+    prompt = body.get("prompt")
+    if isinstance(prompt, str) and prompt:
+        return 1
+    if isinstance(prompt, list) and prompt:
+        return 1 if isinstance(prompt[0], int) else len(prompt)
+    raise InvalidRequest("`prompt` must be a text or a list of texts.", param="prompt")
+
+
+def _check_max_tokens(kind: Kind, body: dict[str, Any], most: int) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        if name not in PARAMETERS[kind] or body.get(name) is None:
+            continue
+        value = body[name]
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise InvalidRequest(f"`{name}` must be a whole number from 1 to {most}.", param=name)
+
+
+def _filled(
+    kind: Kind, body: dict[str, Any], model: ModelEntry, defaults: Defaults
+) -> dict[str, Any]:
+    filled = dict(body)
+    if filled.get("temperature") is None:
+        filled["temperature"] = defaults.temperature
+    named = filled.get("max_tokens") or filled.get("max_completion_tokens")
+    if named is None and model.default_max_tokens is not None:
+        name = "max_completion_tokens" if kind is Kind.CHAT else "max_tokens"
+        filled[name] = model.default_max_tokens
+    return filled

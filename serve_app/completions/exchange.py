@@ -1,0 +1,162 @@
+"""One request on its way: what is known of it so far, and the record made of that."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from serve_app.completions.body import Kind
+from serve_app.completions.sse import Usage, read_object, text_of_answer, text_of_stream
+from serve_app.config import Bodies
+from serve_app.contracts import Lease
+from serve_app.errors import ClientGone, DeadlineExceeded, InternalError, RequestError
+from serve_app.identity.principal import Principal
+from serve_app.records import Outcome, RequestRecord, new_id, utc_now
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds spent in each step; None where the request did not come that far."""
+
+    auth_s: float | None = None
+    limits_s: float | None = None
+    queue_s: float | None = None
+    time_to_first_token_s: float | None = None
+
+    def server_timing(self, total_s: float | None = None) -> str:
+        """Return the Server-Timing header (https://www.w3.org/TR/server-timing/)."""
+        steps = (
+            ("auth", self.auth_s),
+            ("limits", self.limits_s),
+            ("queue", self.queue_s),
+            ("ttft", self.time_to_first_token_s),
+            ("total", total_s),
+        )
+        return ", ".join(f"{name};dur={s * 1000:.2f}" for name, s in steps if s is not None)
+
+
+@dataclass(slots=True, kw_only=True)
+class Exchange:
+    """The account of one request while it is under way."""
+
+    route: str
+    request_id: str
+    client_address: str | None
+    id: uuid.UUID = field(default_factory=new_id)
+    created_at: datetime = field(default_factory=utc_now)
+    started_s: float = field(default_factory=time.perf_counter)
+    timings: Timings = field(default_factory=Timings)
+    principal: Principal | None = None
+    model: str | None = None
+    stream: bool = False
+    request_body: bytes | None = None
+    # Set before the call goes out, so that a request that dies in it still gives back.
+    reserving: bool = False
+    lease: Lease | None = None
+    status: int = 200
+    error: RequestError | None = None
+    usage: Usage | None = None
+    finish_reason: str | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    frames: int = 0
+    answer: bytearray = field(default_factory=bytearray)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the request came in."""
+        return time.perf_counter() - self.started_s
+
+    def token_arrived(self) -> None:
+        """Note that the engine sent tokens now."""
+        now = time.perf_counter()
+        if self.first_token_s is None:
+            self.first_token_s = now
+            self.timings.time_to_first_token_s = now - self.started_s
+        self.last_token_s = now
+
+    def fail(self, error: RequestError) -> None:
+        """Note why the request ended early; the first reason stays."""
+        if self.error is None:
+            self.error = error
+            self.status = error.status
+
+    def record(self, bodies: Bodies) -> RequestRecord:
+        """Return the row of this request."""
+        usage = self._usage()
+        principal = self.principal
+        return RequestRecord(
+            id=self.id,
+            request_id=self.request_id,
+            created_at=self.created_at,
+            route=self.route,
+            status=self.status,
+            outcome=self._outcome(),
+            error_code=self.error.code if self.error else None,
+            principal_id=principal.id if principal else None,
+            principal_kind=principal.kind if principal else None,
+            api_key_id=principal.api_key_id if principal else None,
+            client_address=self.client_address,
+            model=self.model,
+            stream=self.stream,
+            finish_reason=self.finish_reason,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            auth_ms=_ms(self.timings.auth_s),
+            limits_ms=_ms(self.timings.limits_s),
+            queue_ms=_ms(self.timings.queue_s),
+            time_to_first_token_ms=_ms(self.timings.time_to_first_token_s),
+            inter_token_mean_ms=self._inter_token_mean_ms(usage),
+            duration_ms=round(self.elapsed_s * 1000, 3),
+            replica_id=self.lease.grant.replica_id if self.lease else None,
+            request_body=self._request_text() if bodies is Bodies.FULL else None,
+            response_text=self._answer_text() if bodies is Bodies.FULL else None,
+        )
+
+    def _outcome(self) -> Outcome:
+        if self.error is None:
+            return Outcome.COMPLETED
+        if isinstance(self.error, ClientGone):
+            return Outcome.CANCELLED
+        if isinstance(self.error, DeadlineExceeded):
+            return Outcome.TIMED_OUT
+        # Asked of the engine and not finished is a failure, not a refusal; but an engine that
+        # finds the request itself wrong refuses it.
+        if isinstance(self.error, InternalError):
+            return Outcome.FAILED
+        if self.error.status >= 500 and self.lease is not None:
+            return Outcome.FAILED
+        return Outcome.REFUSED
+
+    def _usage(self) -> Usage:
+        if self.usage is None:
+            # The engine died with the stream open: what it sent is all that is known. One
+            # frame holds one token or more; the opening frame of a chat holds none.
+            opening = 1 if self.route == Kind.CHAT.route else 0
+            return Usage(0, max(0, self.frames - opening))
+        if self.usage.completion_tokens == 0:
+            # The engine counts a prompt when it is through with it, that is with the first
+            # token. The accounts follow it.
+            return Usage(0, 0)
+        return self.usage
+
+    def _inter_token_mean_ms(self, usage: Usage) -> float | None:
+        if self.first_token_s is None or self.last_token_s is None or usage.completion_tokens < 2:
+            return None
+        spread_s = self.last_token_s - self.first_token_s
+        return _ms(spread_s / (usage.completion_tokens - 1)) if self.stream else None
+
+    def _request_text(self) -> str | None:
+        return None if self.request_body is None else self.request_body.decode("utf-8", "replace")
+
+    def _answer_text(self) -> str | None:
+        if not self.answer:
+            return None
+        data = bytes(self.answer)
+        return text_of_stream(data) if self.stream else text_of_answer(read_object(data))
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 3)

@@ -1,0 +1,100 @@
+"""The gateway: answers every request it is given, and accounts for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.types import Send
+
+from serve_app.completions.body import Kind, find_model
+from serve_app.completions.call import Call, Parts
+from serve_app.config import GatewayConfig, ModelEntry
+from serve_app.errors import RequestError
+from serve_app.identity.principal import Principal
+
+MODELS_ROUTE = "models"
+
+
+class Gateway:
+    """Serves requests. `config` may be replaced meanwhile; each request keeps its own."""
+
+    def __init__(self, config: GatewayConfig, parts: Parts) -> None:
+        self.config = config
+        self.parts = parts
+        self._background: set[asyncio.Task[Any]] = set()
+        # Calls made for a request must not end with it: the framework below ties what is
+        # called inside a request to that request and cancels it along, which would take the
+        # lease away before the engine could close its account. So they run in this context.
+        self._context = contextvars.copy_context()
+
+    async def complete(self, kind: Kind, request: Request, send: Send) -> None:
+        """Answer a completion request."""
+        call = self._call(kind.route, request, send)
+        await self._answer(call, call.complete(kind))
+
+    async def list_models(self, request: Request, send: Send) -> None:
+        """Answer with the models that the caller may use."""
+
+        def models(principal: Principal) -> bytes:
+            usable = [_card(m) for m in self.config.models if principal.may_use(m.name)]
+            return orjson.dumps({"object": "list", "data": usable})
+
+        await self._describe(MODELS_ROUTE, request, send, models)
+
+    async def retrieve_model(self, name: str, request: Request, send: Send) -> None:
+        """Answer with one model, if the caller may use it."""
+
+        def model(principal: Principal) -> bytes:
+            return orjson.dumps(_card(find_model(self.config, name, principal)))
+
+        await self._describe(MODELS_ROUTE, request, send, model)
+
+    async def refuse(self, error: RequestError, route: str, request: Request, send: Send) -> None:
+        """Answer with `error`; the record names the caller where the credential is good."""
+        call = self._call(route, request, send)
+        await self._answer(call, call.refuse(error))
+
+    async def close(self) -> None:
+        """Wait for what still finishes in the background, then close the connections."""
+        while self._background:
+            await asyncio.wait(self._background)
+        await self.parts.session.close()
+
+    async def _describe(
+        self, route: str, request: Request, send: Send, answer: Callable[[Principal], bytes]
+    ) -> None:
+        call = self._call(route, request, send)
+        await self._answer(call, call.describe(answer))
+
+    async def _answer(self, call: Call, serving: Coroutine[Any, Any, None]) -> None:
+        """Run `serving` until it ends or the client is gone; finish; send the last byte.
+
+        The finishing runs exactly once, in a task that the cancellation of this one does not
+        reach: it stops the engine, gives back lease and reservation, and records.
+        """
+        task = self._spawn(serving)
+        try:
+            await call.until_done_or_gone(task)
+        finally:
+            task.cancel()
+            await asyncio.shield(self._spawn(call.finish(task)))
+        await call.end()
+
+    def _call(self, route: str, request: Request, send: Send) -> Call:
+        return Call(self.config, self.parts, self._spawn, route, request, send)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        # Kept here, because the event loop itself holds tasks only weakly.
+        task = asyncio.create_task(work, context=self._context.copy())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+
+def _card(model: ModelEntry) -> dict[str, object]:
+    return {"id": model.name, "object": "model", "created": 0, "owned_by": "comp-ai"}

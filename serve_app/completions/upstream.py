@@ -1,0 +1,137 @@
+"""The HTTP conversation with the replica that a lease names."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import orjson
+
+from serve_app.completions.body import Ask
+from serve_app.contracts import LeaseGrant
+from serve_app.errors import EngineFailed, InvalidRequest, RequestError
+from serve_app.replica import ABORT_PATH, LEASE_HEADER, PROMPTS_HEADER, REQUEST_ID_HEADER
+
+# How long a cut answer may take to tell its usage; the engine needs one step for it. The
+# abort is repeated meanwhile, because one that overtakes its request finds nothing to end.
+STATEMENT_TIMEOUT_S = 0.75
+_ABORT_EVERY_S = 0.2
+
+
+def new_session() -> aiohttp.ClientSession:
+    """Return the connection pool to the replicas. Needs a running event loop."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+        # The request's own deadline covers the whole exchange.
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+        auto_decompress=False,
+    )
+
+
+class Upstream:
+    """One request to a replica, from its headers to its last byte."""
+
+    def __init__(self, session: aiohttp.ClientSession, grant: LeaseGrant) -> None:
+        self._session = session
+        self._grant = grant
+        self._posting: asyncio.Task[aiohttp.ClientResponse] | None = None
+
+    async def open(self, ask: Ask, request_id: str) -> None:
+        """Send the request and wait for the answer's status.
+
+        Raises:
+            InvalidRequest: the engine refused the request; carries its words.
+            EngineFailed: the replica cannot be reached or failed.
+        """
+        headers = {
+            "content-type": "application/json",
+            LEASE_HEADER: self._grant.token,
+            REQUEST_ID_HEADER: request_id,
+            PROMPTS_HEADER: str(ask.prompts),
+        }
+        self._posting = asyncio.create_task(self._post(ask, headers), name="upstream-post")
+        try:
+            # Shielded: a whole answer has no status before it is complete, and if the client
+            # goes away meanwhile, the answer must still come in to tell its usage.
+            response = await asyncio.shield(self._posting)
+            if response.status != 200:
+                raise engine_error(response.status, _message(await response.read()))
+        except aiohttp.ClientError as error:
+            raise EngineFailed from error
+
+    async def _post(self, ask: Ask, headers: dict[str, str]) -> aiohttp.ClientResponse:
+        url = f"http://{self._grant.address}{ask.kind}"
+        return await self._session.post(url, data=ask.payload, headers=headers)
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yield the answer's bytes as they come. Raises EngineFailed if they break off."""
+        if self._posting is None:
+            raise EngineFailed
+        try:
+            response = await asyncio.shield(self._posting)
+            async for chunk in response.content.iter_any():
+                yield chunk
+        except aiohttp.ClientError as error:
+            raise EngineFailed from error
+
+    async def whole(self) -> bytes:
+        """Return the whole answer. Raises EngineFailed if it breaks off."""
+        return b"".join([chunk async for chunk in self.chunks()])
+
+    async def abort_until(self, ended: asyncio.Future[None]) -> None:
+        """Ask the engine to end early and in good order, until `ended` or out of time."""
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + STATEMENT_TIMEOUT_S
+        while not ended.done() and loop.time() < deadline_s:
+            if not await self._abort(deadline_s - loop.time()):
+                return
+            await asyncio.wait([ended], timeout=_ABORT_EVERY_S)
+
+    async def _abort(self, timeout_s: float) -> bool:
+        try:
+            async with self._session.post(
+                f"http://{self._grant.address}{ABORT_PATH}",
+                headers={LEASE_HEADER: self._grant.token},
+                timeout=aiohttp.ClientTimeout(total=timeout_s),
+            ) as response:
+                return response.status == 202
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    @property
+    def answering(self) -> bool:
+        """Tell whether the request is out and its answer has not ended."""
+        if self._posting is None or self._posting.cancelled():
+            return False
+        if not self._posting.done():
+            return True
+        return self._posting.exception() is None and not self._posting.result().content.at_eof()
+
+    def close(self) -> None:
+        """Drop the connection if the answer is not complete, else keep it for reuse."""
+        if self._posting is None:
+            return
+        if not self._posting.done():
+            self._posting.cancel()
+        elif not self._posting.cancelled() and self._posting.exception() is None:
+            response = self._posting.result()
+            # `release` alone would read on to save the connection.
+            response.release() if response.content.at_eof() else response.close()
+
+
+def engine_error(status: int, message: str) -> RequestError:
+    """Return our error for an answer of the engine that is not a success."""
+    if 400 <= status < 500 and status not in (403, 409):
+        return InvalidRequest(message or None)
+    return EngineFailed()
+
+
+def _message(raw: bytes) -> str:
+    try:
+        body: Any = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return ""
+    error = body.get("error") if isinstance(body, dict) else None
+    return str(error.get("message") or "") if isinstance(error, dict) else ""

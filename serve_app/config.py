@@ -1,0 +1,135 @@
+"""Policy: what the Serve config YAML says of the gateway, its models and its limits.
+
+The gateway's part stands in `user_config`, so that Serve changes it in place.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from serve_app.errors import ConfigError
+
+Name = Annotated[
+    str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$")
+]
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Bodies(enum.StrEnum):
+    """What the log keeps of prompts and answers."""
+
+    NONE = "none"
+    FULL = "full"
+
+
+class Durability(enum.StrEnum):
+    """When an answer's last byte goes out: after its record is on disk, or at once."""
+
+    SYNC = "sync"
+    ASYNC = "async"
+
+
+class LimitPolicy(_Config):
+    """What one principal may use. None is no limit."""
+
+    requests_per_minute: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="Requests granted in any 60 s."
+    )
+    concurrency: int | None = Field(
+        default=None, ge=1, le=100_000, description="Requests under way at once."
+    )
+
+
+class LimitsConfig(_Config):
+    """Limits by principal; the entry of the principal wins over the default."""
+
+    default: LimitPolicy = Field(
+        default=LimitPolicy(), description="Policy of a principal that is not named below."
+    )
+    principals: dict[str, LimitPolicy] = Field(
+        default_factory=dict, description="Policy by principal id."
+    )
+
+    def policy_of(self, principal_id: str) -> LimitPolicy:
+        """Return the policy that holds for `principal_id`."""
+        return self.principals.get(principal_id, self.default)
+
+
+class ModelEntry(_Config):
+    """One model that the gateway offers."""
+
+    name: Name = Field(description="Name that clients send as `model`.")
+    app: Name = Field(description="Serve application that serves it.")
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most completion tokens a request may ask for; "
+        "COMP_AI_MAX_TOKENS where it is not set.",
+    )
+    default_max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Completion tokens of a request that names no number; "
+        "the engine's own default where it is not set.",
+    )
+
+
+class GatewayConfig(_Config):
+    """The gateway's policy."""
+
+    models: tuple[ModelEntry, ...] = Field(min_length=1, description="Models on offer.")
+    limits: LimitsConfig = Field(default=LimitsConfig(), description="Limits by principal.")
+    bodies: Bodies = Field(
+        default=Bodies.FULL, description="Keep prompts and answers in the log (full) or not (none)."
+    )
+    durability: Durability = Field(
+        default=Durability.SYNC,
+        description="sync: the last byte waits until the record is on disk. "
+        "async: it does not, and a crash can lose the record.",
+    )
+    deadline_s: float = Field(
+        default=600.0, gt=0, description="Longest time for one request, its stream included."
+    )
+    queue_timeout_s: float = Field(
+        default=30.0, gt=0, description="Longest wait for a replica of the model."
+    )
+    record_timeout_s: float = Field(
+        default=30.0, gt=0, description="Longest wait for the record to be on disk."
+    )
+    max_body_bytes: int = Field(
+        default=4 * 1024 * 1024, ge=1024, description="Largest request body."
+    )
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [model.name for model in self.models]
+        if len(set(names)) != len(names):
+            raise ValueError("model names must differ from each other")
+        return self
+
+    def model(self, name: str) -> ModelEntry | None:
+        """Return the entry of the model called `name`, or None."""
+        return next((model for model in self.models if model.name == name), None)
+
+
+def parse_config(kind: type[_Model], raw: object, where: str) -> _Model:
+    """Validate `raw` as a `kind`.
+
+    Raises:
+        ConfigError: naming the place under `where`, the value and what is allowed.
+    """
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in (where, *first["loc"]))
+        raise ConfigError(path, first["input"], first["msg"]) from None

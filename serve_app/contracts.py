@@ -1,0 +1,100 @@
+"""The seams of the gateway: what it needs of the parts that run elsewhere.
+
+`deployments` joins these to Ray; tests join them to plain objects.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Protocol
+
+from serve_app.config import LimitPolicy, ModelEntry
+from serve_app.records import RequestRecord
+
+
+class RecordSink(Protocol):
+    """Where the records of requests go."""
+
+    async def append(self, record: RequestRecord) -> None:
+        """Return once `record` survives the death of every process; safe to repeat.
+
+        Raises:
+            LogUnavailable: the record is not known to be safe.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReservationRequest:
+    """What a request wants to take from its principal's limits."""
+
+    id: uuid.UUID
+    principal_id: str
+    policy: LimitPolicy
+
+
+class LimitKeeper(Protocol):
+    """The counters that hold across gateways."""
+
+    async def reserve(
+        self, reservation_id: uuid.UUID, principal_id: str, policy: LimitPolicy
+    ) -> None:
+        """Take one request from the principal's limits; safe to repeat.
+
+        Raises:
+            RateLimited: a limit is reached; carries when to try again.
+            LimitsUnavailable: the counters cannot be reached.
+        """
+        ...
+
+    async def settle(self, reservation_id: uuid.UUID) -> None:
+        """Give back what ends with the request; an unknown id is not an error."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseHint:
+    """What the model's side may use to place a request."""
+
+    request_id: str
+    principal_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseGrant:
+    """A slot at one replica: where its HTTP server is, and the token that opens it once."""
+
+    address: str
+    token: str
+    replica_id: str
+
+
+class Lease(Protocol):
+    """A slot that is held open until it is closed."""
+
+    @property
+    def grant(self) -> LeaseGrant:
+        """Where and with what to ask."""
+        ...
+
+    def close(self) -> None:
+        """Give the slot back; whatever still runs under its token is aborted. Never waits."""
+        ...
+
+
+class ModelPool(Protocol):
+    """The replicas of the models."""
+
+    async def open(self, model: ModelEntry, hint: LeaseHint) -> Lease:
+        """Wait for a slot at a replica of `model`. If cancelled, nothing stays held.
+
+        Raises:
+            ModelOverloaded: the queue is full.
+            ModelNotReady: the application is not deployed or failed.
+        """
+        ...
+
+    async def ready(self, model: ModelEntry) -> bool:
+        """Tell whether a replica of `model` runs now."""
+        ...

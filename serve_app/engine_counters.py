@@ -1,0 +1,40 @@
+"""What an engine says of itself: vLLM's Prometheus counters, read in its own process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from prometheus_client import Metric
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCounters:
+    """The counts that the accounts are checked against, of one replica since its start."""
+
+    replica_id: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    requests_running: int = 0
+    requests_waiting: int = 0
+    live_leases: int = 0
+
+
+_SAMPLES = {
+    "vllm:prompt_tokens_total": "prompt_tokens",
+    "vllm:generation_tokens_total": "completion_tokens",
+    "vllm:num_requests_running": "requests_running",
+    "vllm:num_requests_waiting": "requests_waiting",
+}
+
+
+def read_engine_counters(
+    metrics: Iterable[Metric], *, replica_id: str, live_leases: int
+) -> EngineCounters:
+    """Sum vLLM's samples over engine cores. `metrics` is what a registry's `collect` gives."""
+    sums = dict.fromkeys(_SAMPLES.values(), 0)
+    for metric in metrics:
+        for sample in metric.samples:
+            if (field := _SAMPLES.get(sample.name)) is not None:
+                sums[field] += int(sample.value)
+    return EngineCounters(replica_id=replica_id, live_leases=live_leases, **sums)

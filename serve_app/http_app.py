@@ -1,0 +1,179 @@
+"""The HTTP face of the gateway: which address leads to which step."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Path, Security
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPBearer
+from fastapi.staticfiles import StaticFiles
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import Receive, Scope, Send
+
+from serve_app.completions.body import Kind
+from serve_app.completions.gateway import Gateway
+from serve_app.errors import (
+    BodyTooLarge,
+    InternalError,
+    MethodNotAllowed,
+    NotFound,
+    RequestError,
+    to_openai,
+)
+from serve_app.openapi import ANSWERS, DESCRIPTION, completion_docs
+
+Answer = Callable[[Request, Send], Awaitable[None]]
+GetGateway = Callable[[], Gateway]
+
+_READY_TIMEOUT_S = 5.0
+
+# For the document only: the gateway checks the credential itself, and records the refusal.
+_SIGNED_IN = [Security(HTTPBearer(scheme_name="bearer", auto_error=False))]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that a completion needs: its name, and how to see whether it works."""
+
+    name: str
+    works: Callable[[], Awaitable[bool]]
+
+
+class _Direct(Response):
+    """A response that is written by the gateway itself."""
+
+    def __init__(self, request: Request, answer: Answer) -> None:
+        super().__init__()
+        self._request = request
+        self._answer = answer
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        await self._answer(self._request, send)
+
+
+def create_app(gateway: GetGateway, checks: Callable[[], list[Check]]) -> FastAPI:
+    """Return the ASGI app. `gateway` and `checks` are asked at each request."""
+    app = FastAPI(title="Comp AI", description=DESCRIPTION, docs_url=None, redoc_url=None)
+    _add_completions(app, gateway)
+    _add_models(app, gateway)
+    _add_health(app, checks)
+    _add_docs(app)
+    _add_refusals(app, gateway)
+    _add_last_resort(app)
+    return app
+
+
+def _add_completions(app: FastAPI, gateway: GetGateway) -> None:
+    @app.post(
+        "/v1/chat/completions",
+        tags=["completions"],
+        **completion_docs(Kind.CHAT),
+        responses=ANSWERS,
+        dependencies=_SIGNED_IN,
+    )
+    async def create_chat_completion(request: Request) -> Response:
+        """Answer a conversation."""
+        return _Direct(request, lambda r, send: gateway().complete(Kind.CHAT, r, send))
+
+    @app.post(
+        "/v1/completions",
+        tags=["completions"],
+        **completion_docs(Kind.TEXT),
+        responses=ANSWERS,
+        dependencies=_SIGNED_IN,
+    )
+    async def create_completion(request: Request) -> Response:
+        """Continue a text."""
+        return _Direct(request, lambda r, send: gateway().complete(Kind.TEXT, r, send))
+
+
+def _add_models(app: FastAPI, gateway: GetGateway) -> None:
+    @app.get("/v1/models", tags=["models"], responses=ANSWERS, dependencies=_SIGNED_IN)
+    async def list_models(request: Request) -> Response:
+        """List the models that you may use."""
+        return _Direct(request, gateway().list_models)
+
+    @app.get("/v1/models/{model:path}", tags=["models"], responses=ANSWERS, dependencies=_SIGNED_IN)
+    async def retrieve_model(model: Annotated[str, Path()], request: Request) -> Response:
+        """Describe one model."""
+        return _Direct(request, lambda r, send: gateway().retrieve_model(model, r, send))
+
+
+def _add_health(app: FastAPI, checks: Callable[[], list[Check]]) -> None:
+    @app.get("/health", tags=["health"])
+    async def health() -> dict[str, str]:
+        """Tell that this process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", tags=["health"])
+    async def ready() -> JSONResponse:
+        """Tell whether a completion can be served now; 503 where it cannot."""
+        asked = checks()
+        results = await asyncio.gather(*(_works(check) for check in asked))
+        parts = {check.name: works for check, works in zip(asked, results, strict=True)}
+        return JSONResponse(
+            {"ready": all(results), "parts": parts}, status_code=200 if all(results) else 503
+        )
+
+
+async def _works(check: Check) -> bool:
+    try:
+        async with asyncio.timeout(_READY_TIMEOUT_S):
+            return await check.works()
+    except TimeoutError:
+        return False
+
+
+def _add_docs(app: FastAPI) -> None:
+    # The page's scripts are served from here: the user's network may have no way out. All
+    # addresses are relative, so that the page works below any prefix.
+    assets = resources.files("fastapi_offline") / "static"
+    app.mount("/docs/assets", StaticFiles(directory=str(assets)), name="docs-assets")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title="Comp AI",
+            swagger_js_url="docs/assets/swagger-ui-bundle.js",
+            swagger_css_url="docs/assets/swagger-ui.css",
+            swagger_favicon_url="docs/assets/favicon.png",
+        )
+
+
+def _add_last_resort(app: FastAPI) -> None:
+    # Only for what is a bug: every failure that is foreseen is answered by the gateway.
+    async def internal_error(_request: Request, _error: Exception) -> JSONResponse:
+        error = InternalError()
+        return JSONResponse(to_openai(error), status_code=error.status)
+
+    app.add_exception_handler(Exception, internal_error)
+
+
+def _add_refusals(app: FastAPI, gateway: GetGateway) -> None:
+    known = list(app.routes)
+
+    def refusal(error: RequestError) -> Callable[[Request, Send], Awaitable[None]]:
+        return lambda request, send: gateway().refuse(error, "other", request, send)
+
+    async def too_large(request: Request) -> Response:
+        # nginx sends here, without its body, a request that is over nginx's own limit.
+        return _Direct(request, refusal(BodyTooLarge()))
+
+    async def unknown(request: Request) -> Response:
+        # A partial match is one of the path alone.
+        known_path = any(route.matches(request.scope)[0] is Match.PARTIAL for route in known)
+        return _Direct(request, refusal(MethodNotAllowed() if known_path else NotFound()))
+
+    methods: list[str] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+    options: dict[str, Any] = {"methods": methods, "include_in_schema": False}
+    app.add_api_route("/-/refused/413", too_large, **options)
+    app.add_api_route("/{path:path}", unknown, **options)

@@ -1,0 +1,269 @@
+"""Verification of API keys, with little work for PostgreSQL and through its outages.
+
+A key that is in use costs one row read a second. All lookups that wait are asked in one query,
+and only one query runs at a time, so a flood of made-up keys cannot flood the database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from serve_app.errors import AuthenticationFailed, IdentityUnavailable
+from serve_app.identity.api_keys import ApiKey, ApiKeyStore, hash_key, prefix_of
+from serve_app.identity.principal import Permission, Principal
+from serve_app.records import PrincipalKind, utc_now
+
+logger = logging.getLogger(__name__)
+
+BOOTSTRAP_ID = "bootstrap"
+
+_BATCH = 500
+_MAX_WAITING = 5_000
+# One answer for unknown, wrong, expired and revoked: it tells nothing of which keys exist.
+_REFUSED = "The API key is not valid: unknown, expired or revoked."
+_NO_KEY_HASH = bytes(32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the table said of a prefix, and when it was asked (monotonic seconds)."""
+
+    key: ApiKey | None
+    asked_at: float
+
+
+class ApiKeyVerifier:
+    """Turns API keys into principals.
+
+    Args:
+        store: the table of keys.
+        bootstrap_key: one key with every permission, checked without PostgreSQL.
+        fresh_s: how long an answer of the table is believed, and so how late a revocation acts.
+        stale_s: how long it is believed while PostgreSQL cannot be asked.
+        unknown_s: how long a prefix that the table does not know stays refused.
+        flush_s: how often the times of last use are written.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        store: ApiKeyStore,
+        *,
+        bootstrap_key: str | None = None,
+        fresh_s: float = 1.0,
+        stale_s: float = 300.0,
+        unknown_s: float = 5.0,
+        flush_s: float = 30.0,
+        cache_size: int = 10_000,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._store = store
+        self._bootstrap_hash = hash_key(bootstrap_key) if bootstrap_key else None
+        self._fresh_s = fresh_s
+        self._stale_s = stale_s
+        self._unknown_s = unknown_s
+        self._flush_s = flush_s
+        self._clock = clock
+        self._now = now
+        self._known = _Lru(cache_size)
+        self._unknown = _Lru(cache_size)
+        self._waiting: dict[str, asyncio.Future[None]] = {}
+        self._asker: asyncio.Task[None] | None = None
+        self._used: dict[uuid.UUID, datetime] = {}
+        self._flusher: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to write the times of last use; PostgreSQL may be away."""
+        if self._flusher is None:
+            self._flusher = asyncio.create_task(self._flush_forever(), name="api-key-last-used")
+
+    async def close(self) -> None:
+        """Stop the background work and write the last times of use."""
+        tasks = [task for task in (self._flusher, self._asker) if task is not None]
+        self._flusher = None
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await self.flush()
+
+    def is_bootstrap(self, plain: str) -> bool:
+        """Tell in constant time whether `plain` is the bootstrap key."""
+        expected = self._bootstrap_hash
+        return expected is not None and hmac.compare_digest(hash_key(plain), expected)
+
+    async def verify(self, plain: str) -> Principal:
+        """Return the principal that the key names.
+
+        Raises:
+            AuthenticationFailed: no such key, or it is expired or revoked.
+            IdentityUnavailable: PostgreSQL cannot be asked and no recent answer is kept.
+        """
+        if self.is_bootstrap(plain):
+            return _BOOTSTRAP
+        prefix = prefix_of(plain)
+        if prefix is None:
+            raise AuthenticationFailed(_REFUSED)
+        key = await self._find(prefix)
+        # Compared also where there is no key, so that the answer takes the same time.
+        same = hmac.compare_digest(hash_key(plain), key.secret_hash if key else _NO_KEY_HASH)
+        now = self._now()
+        if key is None or not same or not key.is_valid(now):
+            raise AuthenticationFailed(_REFUSED)
+        self._used[key.id] = now
+        return _to_principal(key)
+
+    async def flush(self) -> None:
+        """Write the times of last use now; they are kept for later where that fails."""
+        used, self._used = self._used, {}
+        if not used:
+            return
+        try:
+            await self._store.mark_used(used)
+        except IdentityUnavailable:
+            self._used = used | self._used
+
+    async def _flush_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._flush_s)
+            await self.flush()
+
+    async def _find(self, prefix: str) -> ApiKey | None:
+        known = self._remembered(prefix)
+        if known is not None:
+            return known.key
+        try:
+            await self._ask(prefix)
+        except IdentityUnavailable:
+            stale = self._known.get(prefix)
+            if stale is None or self._clock() - stale.asked_at > self._stale_s:
+                raise
+            return stale.key
+        answer = self._known.get(prefix)
+        return answer.key if answer is not None else None
+
+    def _remembered(self, prefix: str) -> _Known | None:
+        now = self._clock()
+        known = self._known.get(prefix)
+        if known is not None:
+            return known if now - known.asked_at <= self._fresh_s else None
+        unknown = self._unknown.get(prefix)
+        if unknown is not None and now - unknown.asked_at <= self._unknown_s:
+            return unknown
+        return None
+
+    async def _ask(self, prefix: str) -> None:
+        """Wait until the table was asked for `prefix`; everyone who waits shares the answer."""
+        waiting = self._waiting.get(prefix)
+        if waiting is None:
+            if len(self._waiting) >= _MAX_WAITING:
+                raise IdentityUnavailable(retry_after_s=1.0)
+            waiting = self._waiting[prefix] = asyncio.get_running_loop().create_future()
+            # Someone may have gone away and nobody look at the error any more.
+            waiting.add_done_callback(_retrieve)
+        if self._asker is None or self._asker.done():
+            self._asker = asyncio.create_task(self._ask_all(), name="api-key-lookup")
+            self._asker.add_done_callback(self._forget_asker)
+        await asyncio.shield(waiting)
+
+    async def _ask_all(self) -> None:
+        while self._waiting:
+            prefixes = list(self._waiting)[:_BATCH]
+            asked_at = self._clock()
+            try:
+                keys = await self._store.find(prefixes)
+            except IdentityUnavailable as error:
+                self._answer(prefixes, error)
+                continue
+            for prefix in prefixes:
+                self._remember(prefix, _Known(keys.get(prefix), asked_at))
+            self._answer(prefixes, None)
+
+    def _remember(self, prefix: str, known: _Known) -> None:
+        if known.key is not None:
+            self._unknown.pop(prefix)
+            self._known.put(prefix, known)
+        else:
+            # A row that was deleted must not live on here.
+            self._known.pop(prefix)
+            self._unknown.put(prefix, known)
+
+    def _answer(self, prefixes: list[str], error: IdentityUnavailable | None) -> None:
+        for prefix in prefixes:
+            waiting = self._waiting.pop(prefix)
+            if waiting.done():
+                continue
+            if error is None:
+                waiting.set_result(None)
+            else:
+                waiting.set_exception(error)
+
+    def _forget_asker(self, task: asyncio.Task[None]) -> None:
+        """Release those who still wait, however the task ended."""
+        if self._asker is not task:
+            return  # a later task asks for them
+        self._asker = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error(
+                "looking up API keys failed: %s",
+                type(error).__name__,
+                extra={"action": "api_key_lookup_died"},
+            )
+        self._answer(list(self._waiting), IdentityUnavailable())
+
+
+class _Lru:
+    """A bounded map; the least used entry makes room."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._entries: OrderedDict[str, _Known] = OrderedDict()
+
+    def get(self, prefix: str) -> _Known | None:
+        """Return the entry and mark it as used."""
+        entry = self._entries.get(prefix)
+        if entry is not None:
+            self._entries.move_to_end(prefix)
+        return entry
+
+    def put(self, prefix: str, known: _Known) -> None:
+        """Keep an entry."""
+        self._entries[prefix] = known
+        self._entries.move_to_end(prefix)
+        if len(self._entries) > self._size:
+            self._entries.popitem(last=False)
+
+    def pop(self, prefix: str) -> None:
+        """Drop an entry, if there is one."""
+        self._entries.pop(prefix, None)
+
+
+_BOOTSTRAP = Principal(
+    id=BOOTSTRAP_ID, kind=PrincipalKind.API_KEY, permissions=frozenset({Permission.ADMIN})
+)
+
+
+def _to_principal(key: ApiKey) -> Principal:
+    return Principal(
+        id=key.owner,
+        kind=PrincipalKind.API_KEY,
+        permissions=key.permissions,
+        models=key.models,
+        api_key_id=key.id,
+    )
+
+
+def _retrieve(future: asyncio.Future[None]) -> None:
+    if not future.cancelled():
+        future.exception()

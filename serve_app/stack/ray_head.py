@@ -1,0 +1,133 @@
+"""The Ray head of one machine, by its command line: we are no part of the cluster.
+
+`ray stop` is never used: it ends every Ray on the machine. Ours is a tree of processes below
+`ray start --block`, and is ended as one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from serve_app.errors import CompAIError
+from serve_app.settings import ServiceSettings
+from serve_app.stack.home import Home
+from serve_app.stack.ports import pick_free
+from serve_app.stack.processes import ProcessSpec
+
+_HOST = "127.0.0.1"
+# Tokens go over HTTP, not through Ray's object store: the default of 30 % of the memory
+# would only take it from the model.
+_OBJECT_STORE_BYTES = 256 * 1024 * 1024
+# The applications of configs/local-cpu.yaml ask for fractions of two CPUs.
+_LEAST_CPUS = 2
+_SESSIONS_KEPT = 3
+# Another cluster of this machine must not be joined by accident.
+_DROPPED = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayHead:
+    """How to start the head, and where it answers."""
+
+    home: Home
+    service: ServiceSettings
+    project: Path
+
+    @property
+    def dashboard(self) -> str:
+        """Address of the dashboard and of Serve's deploy API."""
+        return f"http://{_HOST}:{self.service.dashboard_port}"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the session that runs: the workers' stdout is there."""
+        return self.home.ray_temp / "session_latest" / "logs"
+
+    def spec(self, extra: Mapping[str, str]) -> ProcessSpec:
+        """Return the process to supervise; `extra` goes into every replica's environment.
+
+        Raises:
+            CompAIError: Ray is not installed.
+        """
+        self.home.make_ray_token()
+        self._drop_old_sessions()
+        return ProcessSpec(
+            name="ray",
+            command=self._command(),
+            log=self.home.logs / "ray.log",
+            env={**self.environment(os.environ), **extra},
+            stop_signal=signal.SIGTERM,
+            stop_timeout_s=20.0,
+            # Everything of Serve goes with the head: a new one would serve nothing.
+            restart=False,
+            # On a busy machine Ray gives up after 30 s, which cannot be set.
+            attempts=3,
+        )
+
+    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        """Return the environment of the head, which its workers inherit."""
+        env = {name: value for name, value in base.items() if name not in _DROPPED}
+        path = [str(self.project), *filter(None, [env.get("PYTHONPATH")])]
+        return env | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.home.ray_token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # When the head is told to stop, the applications are drained and gone.
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            # More than twice the leases a second, at half the gateway's CPU time.
+            "RAY_SERVE_USE_GRPC_BY_DEFAULT": env.get("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1"),
+            # Ray's workers are the service here: at its default, 15, every other process of
+            # the machine goes before the engine and the gateway.
+            "RAY_worker_niceness": env.get("RAY_worker_niceness", "0"),
+            # Without a bound vLLM takes a large share of the memory for its cache.
+            "VLLM_CPU_KVCACHE_SPACE": env.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": env.get("HF_HUB_OFFLINE", "1"),
+            "PYTHONPATH": os.pathsep.join(path),
+            "COMP_AI_HOME": str(self.home.path),
+            "COMP_AI_MODEL_PATH": str(self.service.models_path),
+        }
+
+    def _command(self) -> list[str]:
+        # Two fixed defaults of Ray (10001 and 52365) would meet those of another cluster.
+        client_port, agent_port = pick_free(2)
+        flags: dict[str, object] = {
+            "node-ip-address": _HOST,
+            "port": self.service.ray_port,
+            "ray-client-server-port": client_port,
+            "dashboard-agent-listen-port": agent_port,
+            "min-worker-port": 0,
+            "max-worker-port": 0,
+            "include-dashboard": "true",
+            "dashboard-host": _HOST,
+            "dashboard-port": self.service.dashboard_port,
+            "metrics-export-port": self.service.metrics_port,
+            "num-cpus": max(_LEAST_CPUS, len(os.sched_getaffinity(0))),
+            "object-store-memory": _OBJECT_STORE_BYTES,
+            "temp-dir": self.home.ray_temp,
+            "log-style": "record",
+        }
+        options = [f"--{name}={value}" for name, value in flags.items()]
+        return [str(_executable()), "start", "--head", "--block", "--disable-usage-stats", *options]
+
+    def _drop_old_sessions(self) -> None:
+        sessions = sorted(self.home.ray_temp.glob("session_2*"), key=lambda path: path.name)
+        for session in sessions[: -_SESSIONS_KEPT + 1]:
+            shutil.rmtree(session, ignore_errors=True)
+
+
+def _executable() -> Path:
+    # Beside our own Python first: another environment's Ray would be another version.
+    beside = Path(sys.executable).parent / "ray"
+    if beside.exists():
+        return beside
+    found = shutil.which("ray")
+    if found is None:
+        raise CompAIError("Ray is not installed: run `make setup`")
+    return Path(found)

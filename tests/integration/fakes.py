@@ -1,0 +1,355 @@
+"""A whole gateway in one process: the real Gateway, HTTP app, replicas' doors and limits book,
+joined by plain objects where Ray stands in production (`serve_app.contracts`).
+
+A `Gate` stands at each seam, so that a test can hold a request at exactly that step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import orjson
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.completions.body import Defaults
+from serve_app.completions.call import Parts
+from serve_app.completions.gateway import Gateway
+from serve_app.completions.upstream import new_session
+from serve_app.config import GatewayConfig, LimitPolicy, ModelEntry
+from serve_app.contracts import Lease, LeaseGrant, LeaseHint, ReservationRequest
+from serve_app.engine_counters import EngineCounters
+from serve_app.errors import (
+    AuthenticationFailed,
+    ModelNotReady,
+)
+from serve_app.fake_engine import FakeEngine, FakeEngineConfig
+from serve_app.http_app import Check, create_app
+from serve_app.identity.principal import Permission, Principal
+from serve_app.limits.book import LimitBook
+from serve_app.metrics import NoMetrics
+from serve_app.records import PrincipalKind, RequestRecord
+from serve_app.replica import LeaseBook, LeaseDoor, ReplicaServer, Slot
+from serve_app.request_line import RequestLines
+
+HOST = "127.0.0.1"
+KEY = "key-of-a-user"
+AUTHORIZATION = {"authorization": f"Bearer {KEY}"}
+_PATIENCE_S = 20.0
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return once `condition` holds. Raises TimeoutError if it does not come to that."""
+    async with asyncio.timeout(_PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - of whatever state
+            await asyncio.sleep(0.002)
+
+
+class Gate:
+    """Lets everybody pass while it is open, and counts who waits while it is shut."""
+
+    def __init__(self) -> None:
+        self._open = asyncio.Event()
+        self._open.set()
+        self.waiting = 0
+
+    def shut(self) -> None:
+        """Hold whoever comes."""
+        self._open.clear()
+
+    def open(self) -> None:
+        """Let everybody pass."""
+        self._open.set()
+
+    async def passed(self) -> None:
+        """Wait until the gate is open."""
+        self.waiting += 1
+        try:
+            await self._open.wait()
+        finally:
+            self.waiting -= 1
+
+    async def reached(self) -> None:
+        """Return once somebody waits."""
+        await until(lambda: self.waiting > 0)
+
+
+class FakeReplica:
+    """A replica of a model: an engine behind a real door and a real HTTP server."""
+
+    def __init__(self, replica_id: str, speed: FakeEngineConfig, app: ASGIApp | None) -> None:
+        self.id = replica_id
+        self.engine = FakeEngine(speed)
+        self.leases = LeaseBook()
+        door = LeaseDoor(app or self.engine.app(), self.leases, self._abort)
+        self.server = ReplicaServer(door, HOST)
+
+    async def _abort(self, slot: Slot) -> None:
+        self.engine.abort(slot.request_id)
+
+    @property
+    def counters(self) -> EngineCounters:
+        """What the engine counted."""
+        return self.engine.counters(replica_id=self.id, live_leases=len(self.leases))
+
+
+class FakeLease:
+    """A lease that a task holds open."""
+
+    def __init__(self, grant: LeaseGrant, holding: asyncio.Task[None]) -> None:
+        self._grant = grant
+        self._holding = holding
+
+    @property
+    def grant(self) -> LeaseGrant:
+        """Where and with what to ask."""
+        return self._grant
+
+    def close(self) -> None:
+        """End the task."""
+        self._holding.cancel()
+
+
+class FakePool:
+    """Opens leases at one replica. `gate` is passed with the slot already taken."""
+
+    def __init__(self, replica: FakeReplica) -> None:
+        self.replica = replica
+        self.gate = Gate()
+        self.error: Exception | None = None
+
+    async def open(self, model: ModelEntry, hint: LeaseHint) -> Lease:
+        """See `ModelPool.open`."""
+        if self.error is not None:
+            raise self.error
+        granted: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
+        holding = asyncio.create_task(self._hold(granted))
+        try:
+            slot = await granted
+            await self.gate.passed()
+        except BaseException:
+            holding.cancel()
+            raise
+        grant = LeaseGrant(
+            address=self.replica.server.address, token=slot.token, replica_id=self.replica.id
+        )
+        return FakeLease(grant, holding)
+
+    async def _hold(self, granted: asyncio.Future[Slot]) -> None:
+        async with self.replica.leases.lease() as slot:
+            granted.set_result(slot)
+            await asyncio.Event().wait()
+
+    async def ready(self, model: ModelEntry) -> bool:
+        """See `ModelPool.ready`."""
+        return not isinstance(self.error, ModelNotReady)
+
+
+class BookKeeper:
+    """Keeps limits in a book of its own. `gate` is passed with the reservation already made."""
+
+    def __init__(self) -> None:
+        self.book = LimitBook(time.monotonic)
+        self.gate = Gate()
+        self.error: Exception | None = None
+        self.reserved: Counter[uuid.UUID] = Counter()
+        self.settled: Counter[uuid.UUID] = Counter()
+
+    async def reserve(
+        self, reservation_id: uuid.UUID, principal_id: str, policy: LimitPolicy
+    ) -> None:
+        """See `LimitKeeper.reserve`."""
+        if self.error is not None:
+            raise self.error
+        refusal = self.book.reserve(
+            ReservationRequest(id=reservation_id, principal_id=principal_id, policy=policy)
+        )
+        if refusal is not None:
+            raise refusal.error()
+        self.reserved[reservation_id] += 1
+        await self.gate.passed()
+
+    async def settle(self, reservation_id: uuid.UUID) -> None:
+        """See `LimitKeeper.settle`."""
+        self.settled[reservation_id] += 1
+        self.book.settle(reservation_id)
+
+
+class RecordList:
+    """Keeps records in memory, once the gate is open."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.records: list[RequestRecord] = []
+        self.gate = Gate()
+        self.error: Exception | None = None
+        self._events = events
+
+    async def append(self, record: RequestRecord) -> None:
+        """See `RecordSink.append`."""
+        await self.gate.passed()
+        if self.error is not None:
+            raise self.error
+        self.records.append(record)
+        self._events.append("recorded")
+
+
+class FakeAuthenticator:
+    """Knows `KEY`, and the keys that a test adds."""
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+        self.error: Exception | None = None
+        self.principals = {KEY: principal("user-1")}
+
+    async def authenticate(self, authorization: str | None) -> Principal:
+        """See `Authenticator.authenticate`."""
+        await self.gate.passed()
+        if self.error is not None:
+            raise self.error
+        found = self.principals.get((authorization or "").removeprefix("Bearer "))
+        if found is None:
+            raise AuthenticationFailed
+        return found
+
+
+def principal(principal_id: str, **more: Any) -> Principal:
+    """Return a user."""
+    fields = {"kind": PrincipalKind.USER, "permissions": frozenset({Permission.USER})}
+    return Principal(id=principal_id, **{**fields, **more})
+
+
+class Watched:
+    """The app as the server sees it: notes what it sends, and can cancel it as Serve does."""
+
+    def __init__(self, app: ASGIApp, events: list[str]) -> None:
+        self._app = app
+        self._events = events
+        self._handling: set[asyncio.Task[Any]] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._handling.add(task)
+
+        async def noted(message: Message) -> None:
+            last = not message.get("more_body", False)
+            start = message["type"] == "http.response.start"
+            self._events.append("start" if start else "last" if last else "part")
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            self._handling.discard(task)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being handled."""
+        return bool(self._handling)
+
+    def cancel(self) -> None:
+        """Cancel the handling of every request."""
+        for task in self._handling:
+            task.cancel()
+
+
+class World:
+    """A gateway with all its parts, serving on a port."""
+
+    def __init__(
+        self, config: GatewayConfig, speed: FakeEngineConfig, engine_app: ASGIApp | None
+    ) -> None:
+        self.events: list[str] = []
+        self.replica = FakeReplica("replica-1", speed, engine_app)
+        self.pool = FakePool(self.replica)
+        self.limits = BookKeeper()
+        self.log = RecordList(self.events)
+        self.authenticator = FakeAuthenticator()
+        self.lines = io.StringIO()
+        self.gateway = Gateway(config, self._parts())
+        checks = [Check("model", lambda: self.pool.ready(config.models[0]))]
+        self.app = Watched(create_app(lambda: self.gateway, lambda: checks), self.events)
+        self.server = ReplicaServer(self.app, HOST)
+
+    def _parts(self) -> Parts:
+        return Parts(
+            authenticator=self.authenticator,
+            limits=self.limits,
+            models=self.pool,
+            log=self.log,
+            metrics=NoMetrics(),
+            lines=RequestLines(self.lines),
+            session=new_session(),
+            defaults=Defaults(max_tokens=4096, temperature=0.7),
+        )
+
+    @property
+    def url(self) -> str:
+        """Base URL, without a path."""
+        return f"http://{self.server.address}"
+
+    @property
+    def records(self) -> list[RequestRecord]:
+        """What was recorded."""
+        return self.log.records
+
+    async def quiet(self, records: int = 1) -> None:
+        """Return once nothing runs and nothing is held, and check that it was undone once."""
+        await until(lambda: len(self.records) >= records and not self.app.busy)
+        await until(lambda: self.replica.counters.requests_running == 0)
+        await until(lambda: self.replica.counters.live_leases == 0)
+        assert len(self.records) == records
+        assert self.limits.book.held("user-1") == 0
+        assert set(self.limits.settled.values()) <= {1}
+        assert self.limits.reserved.keys() <= self.limits.settled.keys()
+        assert len(self.lines.getvalue().splitlines()) == records
+
+    async def the_record(self) -> RequestRecord:
+        """Return the only record, once nothing runs; its tokens are the engine's."""
+        await self.quiet()
+        (record,) = self.records
+        return record
+
+    def assert_accounts_add_up(self) -> None:
+        """Check that the records hold the tokens that the engine counted."""
+        counters = self.replica.counters
+        assert sum(r.prompt_tokens for r in self.records) == counters.prompt_tokens
+        assert sum(r.completion_tokens for r in self.records) == counters.completion_tokens
+
+
+FAST = FakeEngineConfig(time_to_first_token_s=0.0, time_per_token_s=0.0005)
+
+
+@asynccontextmanager
+async def world(
+    speed: FakeEngineConfig = FAST, engine_app: ASGIApp | None = None, **config: Any
+) -> AsyncIterator[World]:
+    """Serve a gateway and a replica until the block ends; `config` is the gateway's policy."""
+    models = [{"name": "small", "app": "model-small", "max_tokens": 2000}]
+    made = World(GatewayConfig.model_validate({"models": models, **config}), speed, engine_app)
+    servers = (made.replica.server, made.server)
+    await asyncio.gather(*(server.start() for server in servers))
+    try:
+        yield made
+    finally:
+        await made.gateway.close()
+        await asyncio.gather(*(server.stop() for server in servers))
+
+
+def client(of: World) -> httpx.AsyncClient:
+    """Return a client that is signed in."""
+    return httpx.AsyncClient(base_url=of.url, headers=AUTHORIZATION, timeout=_PATIENCE_S)
+
+
+def parse_events(text: str) -> list[Any]:
+    """Return the data of server-sent events: objects, and `[DONE]` as it is."""
+    data = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    return [one if one == "[DONE]" else orjson.loads(one) for one in data]

@@ -1,0 +1,85 @@
+"""The shipped Serve configs fit Serve's schema and our own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.model import ModelArgs
+from serve_app.config import GatewayConfig, parse_config
+from serve_app.settings import load_settings
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    raw: dict[str, Any] = yaml.safe_load(path.read_text())
+    return raw
+
+
+def _apps(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {app["name"]: app for app in raw["applications"]}
+
+
+def _deployment(app: dict[str, Any], name: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(d for d in app["deployments"] if d["name"] == name)
+    return found
+
+
+def _gateway_config(raw: dict[str, Any]) -> GatewayConfig:
+    gateway = _deployment(_apps(raw)["gateway"], "Gateway")
+    return parse_config(GatewayConfig, gateway["user_config"], "user_config")
+
+
+def test_all_three_settings_ship() -> None:
+    assert {path.stem for path in CONFIGS} == {"local-cpu", "single-gpu", "cluster"}
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+def raw(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return _load(request.param)
+
+
+def test_serve_takes_it(raw: dict[str, Any]) -> None:
+    ServeDeploySchema.model_validate(raw)
+
+
+def test_every_model_on_offer_has_an_application_that_is_a_real_model(raw: dict[str, Any]) -> None:
+    for model in _gateway_config(raw).models:
+        app = _apps(raw)[model.app]
+        args = parse_config(ModelArgs, app["args"], "args")
+        assert app["import_path"] == "deployments.model:build"
+        assert app["route_prefix"] is None, "only the gateway is reachable"
+        assert args.name == model.name, "the engine answers under the name that clients send"
+
+
+def test_models_have_bounded_queues_and_autoscaling(raw: dict[str, Any]) -> None:
+    for model in _gateway_config(raw).models:
+        # Ray LLM makes the deployment's name of the model's.
+        name = "Model:" + model.name.replace("/", "--").replace(".", "_")
+        deployment = _deployment(_apps(raw)[model.app], name)
+        assert deployment["max_ongoing_requests"] > 0
+        assert deployment["max_queued_requests"] > 0
+        assert deployment["autoscaling_config"]["target_ongoing_requests"] > 0
+
+
+def test_the_gateway_outlives_its_longest_stream(raw: dict[str, Any]) -> None:
+    gateway = _deployment(_apps(raw)["gateway"], "Gateway")
+    deadline_s = _gateway_config(raw).deadline_s
+    assert gateway["graceful_shutdown_timeout_s"] > deadline_s
+
+
+def test_serve_itself_sets_no_time_limit(raw: dict[str, Any]) -> None:
+    assert raw["http_options"]["request_timeout_s"] is None
+
+
+def test_the_port_is_the_default_of_the_settings(raw: dict[str, Any]) -> None:
+    assert raw["http_options"]["port"] == load_settings({}).service.port
+
+
+def test_answers_are_durable_by_default(raw: dict[str, Any]) -> None:
+    assert _gateway_config(raw).durability == "sync"

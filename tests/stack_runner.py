@@ -1,0 +1,256 @@
+"""Runs `comp-ai up` for the e2e and chaos suites, as an operator would, and looks at it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import httpx
+import psutil
+import yaml
+
+from serve_app.stack.postgres import EmbeddedPostgres
+
+PROJECT = Path(__file__).resolve().parents[1]
+COMP_AI = Path(sys.executable).parent / "comp-ai"
+BOOTSTRAP_KEY = "bootstrap-key-of-the-test-stack-0123456789"
+START_TIMEOUT_S = 420.0
+PORTS = (
+    "COMP_AI_HTTP_PORT",
+    "COMP_AI_PORT",
+    "COMP_AI_ISSUER_PORT",
+    "COMP_AI_RAY_PORT",
+    "COMP_AI_DASHBOARD_PORT",
+    "COMP_AI_METRICS_PORT",
+)
+
+
+@dataclass
+class RunningStack:
+    """One `comp-ai up` and the ways to look into it."""
+
+    home: Path
+    env: dict[str, str]
+    process: subprocess.Popen[bytes]
+    probe: subprocess.Popen[str] | None = None
+
+    @property
+    def url(self) -> str:
+        """Address of nginx."""
+        return f"http://127.0.0.1:{self.env['COMP_AI_HTTP_PORT']}"
+
+    @property
+    def serve_url(self) -> str:
+        """Address of the Serve proxy behind nginx."""
+        return f"http://127.0.0.1:{self.env['COMP_AI_PORT']}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Address of Ray's metrics."""
+        return f"http://127.0.0.1:{self.env['COMP_AI_METRICS_PORT']}/metrics"
+
+    @property
+    def bootstrap(self) -> dict[str, str]:
+        """Headers of the bootstrap key."""
+        return {"Authorization": f"Bearer {BOOTSTRAP_KEY}"}
+
+    def cli(self, *arguments: str) -> str:
+        """Run a `comp-ai` command beside the stack and return its stdout."""
+        done = subprocess.run(
+            [COMP_AI, *arguments], env=self.env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def rows(self, query: str, *args: object) -> list[asyncpg.Record]:
+        """Run a query in the accounts."""
+        return asyncio.run(self._rows(query, *args))
+
+    async def _rows(self, query: str, *args: object) -> list[asyncpg.Record]:
+        settings = EmbeddedPostgres(self.home).settings()
+        assert settings.password is not None
+        connection = await asyncpg.connect(
+            host=settings.host,
+            port=settings.port,
+            user=settings.user,
+            password=settings.password.get_secret_value(),
+            database=settings.database,
+        )
+        try:
+            return list(await connection.fetch(query, *args))
+        finally:
+            await connection.close()
+
+    def settled_rows(self, query: str, count: int, *args: object) -> list[asyncpg.Record]:
+        """Wait until `query` gives `count` rows (they come through the spool), return them."""
+        found: list[asyncpg.Record] = []
+
+        def enough() -> bool:
+            nonlocal found
+            try:
+                found = self.rows(query, *args)
+            except (OSError, asyncpg.PostgresError):
+                return False
+            return len(found) >= count
+
+        wait_until(enough, f"{count} rows", 60)
+        return found
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Return the stack's processes whose command line holds `title`."""
+        return [p for p in descendants(self.process.pid) if title in _title(p)]
+
+    def replicas(self, deployment: str) -> list[psutil.Process]:
+        """Return the replica processes of a deployment."""
+        return [p for p in self.processes("ray::ServeReplica:") if f":{deployment}" in _title(p)]
+
+    def ready(self) -> bool:
+        """Tell whether the gateway says that completions work."""
+        try:
+            return httpx.get(f"{self.url}/ready", timeout=10).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def engine(self, app: str) -> dict[str, Any]:
+        """Return the engine's own counters of the model application `app`, now."""
+        if self.probe is None:
+            self.probe = _start_probe(self.env, self.home / "run" / "ray-token")
+        assert self.probe.stdin is not None
+        assert self.probe.stdout is not None
+        self.probe.stdin.write(f"{app}\n")
+        self.probe.stdin.flush()
+        counters: dict[str, Any] = json.loads(self.probe.stdout.readline())
+        return counters
+
+    def stop(self) -> None:
+        """Press Ctrl-C, wait for the end."""
+        if self.probe is not None:
+            self.probe.kill()
+            self.probe.wait()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        self.process.wait(180)
+
+
+# Joins the cluster once and then answers at once: a new driver takes seconds.
+_PROBE = """
+import dataclasses, json, sys
+import ray
+from ray import serve
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+for line in sys.stdin:
+    call = serve.get_app_handle(line.strip()).engine_counters.remote()
+    print(json.dumps(dataclasses.asdict(call.result())), flush=True)
+"""
+
+
+def _start_probe(env: dict[str, str], token: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _PROBE, f"127.0.0.1:{env['COMP_AI_RAY_PORT']}"],
+        env=env
+        | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+            "PYTHONPATH": str(PROJECT),
+        },
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float) -> None:
+    """Poll `condition`; fail the test where it does not come true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+        time.sleep(0.05)
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """Return all processes below `pid`."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that are free now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        return [s.getsockname()[1] for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
+
+
+@contextmanager
+def running_stack(config: dict[str, Any], **settings: str) -> Iterator[RunningStack]:
+    """Start a stack of its own with the Serve config `config`; stop it at the end.
+
+    The home is short: the paths of Unix sockets have 107 bytes.
+    """
+    with tempfile.TemporaryDirectory(prefix="cai-", ignore_cleanup_errors=True) as folder:
+        home = Path(folder)
+        file = home / "serve.yaml"
+        file.write_text(yaml.safe_dump(config, sort_keys=False))
+        stack = start_stack(home, file, **settings)
+        try:
+            wait_started(stack)
+            yield stack
+        finally:
+            stack.stop()
+
+
+def start_stack(home: Path, config: Path | None, **settings: str) -> RunningStack:
+    """Start `comp-ai up` with its data in `home`; do not wait."""
+    ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
+    models = os.environ.get("COMP_AI_MODEL_PATH", str(Path("~/.comp-ai/models").expanduser()))
+    env = os.environ | ports | {
+        "COMP_AI_HOME": str(home),
+        "COMP_AI_MODEL_PATH": models,
+        "COMP_AI_API_KEY": BOOTSTRAP_KEY,
+        "COMP_AI_NGINX_RATE": "10000r/s",
+        "COMP_AI_NGINX_BURST": "10000",
+    } | settings  # fmt: skip
+    command = [str(COMP_AI), "up", *(["--config", str(config)] if config else [])]
+    output = (home / "up.log").open("wb")
+    process = subprocess.Popen(
+        command, env=env, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+    )
+    return RunningStack(home=home, env=dict(env), process=process)
+
+
+def wait_started(stack: RunningStack) -> None:
+    """Wait until `up` says that it is ready."""
+    log = stack.home / "up.log"
+
+    def started() -> bool:
+        text = log.read_text(errors="replace")
+        assert stack.process.poll() is None, f"comp-ai up ended:\n{text[-4000:]}"
+        return "Comp AI is ready" in text
+
+    wait_until(started, f"a ready stack, see\n{log.read_text(errors='replace')}", START_TIMEOUT_S)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""

@@ -1,0 +1,286 @@
+"""What the documents say is in the code, and what an operator must know is in the documents."""
+
+from __future__ import annotations
+
+import ast
+import enum
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+from typer.main import get_command
+
+from serve_app.cli.app import app as command_line
+from serve_app.completions.body import PARAMETERS
+from serve_app.config import GatewayConfig, LimitPolicy, LimitsConfig, ModelEntry
+from serve_app.errors import RequestError
+from serve_app.http_app import create_app
+from serve_app.settings import GROUPS
+from serve_app.stack import nginx
+
+PROJECT = Path(__file__).parents[2]
+PAGES = sorted([PROJECT / "README.md", PROJECT / "CHANGELOG.md", *(PROJECT / "docs").glob("*.md")])
+CONFIGURATION = (PROJECT / "docs" / "configuration.md").read_text(encoding="utf-8")
+ERRORS = (PROJECT / "docs" / "errors.md").read_text(encoding="utf-8")
+API = (PROJECT / "docs" / "api.md").read_text(encoding="utf-8")
+OPERATIONS = (PROJECT / "docs" / "operations.md").read_text(encoding="utf-8")
+
+ENVIRONMENT = re.compile(r"\b(?:COMP_AI|POSTGRES|KEYCLOAK)_[A-Z][A-Z_]*[A-Z]\b")
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_METRIC = re.compile(r'\b(Counter|Gauge|Histogram)\(\s*"(comp_ai_\w+)"')
+
+
+def page_id(path: Path) -> str:
+    return path.name
+
+
+# Settings.
+
+
+def rows(text: str) -> Iterator[list[str]]:
+    """Yield the cells of each table row, code marks taken off."""
+    for line in text.splitlines():
+        if line.startswith("| `"):
+            cells = re.split(r"(?<!\\)\|", line.strip().strip("|"))
+            yield [cell.strip().strip("`") for cell in cells]
+
+
+def heading(text: str, line: str) -> str:
+    """Return what stands below a heading, up to the next one."""
+    match = re.search(rf"^{re.escape(line)}$\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert match is not None, f"there is no heading {line!r}"
+    return match[1]
+
+
+def section(name: str) -> dict[str, str]:
+    """Return what the table below the heading of `name` says: setting → default."""
+    return {row[0]: row[1] for row in rows(heading(CONFIGURATION, f"### `{name}`"))}
+
+
+def shown(default: object) -> str:
+    """Return a default as the tables write it."""
+    if default is PydanticUndefined:
+        return "required"
+    if default is None:
+        return "not set"
+    if isinstance(default, enum.Enum):
+        return str(default.value)
+    if isinstance(default, float):
+        return f"{default:g}"
+    if isinstance(default, BaseModel) or default in ((), {}):
+        return "empty"
+    return str(default)
+
+
+def fields_of(model: type[BaseModel]) -> dict[str, str]:
+    """Return the settings of a class as the YAML or the environment names them."""
+    return {
+        field.alias or name: shown(field.get_default(call_default_factory=True))
+        for name, field in model.model_fields.items()
+    }
+
+
+def parsed_fields(file: str, name: str) -> dict[str, str]:
+    """Return the same without an import: these modules load Ray, which takes seconds."""
+    tree = ast.parse((PROJECT / file).read_text(encoding="utf-8"))
+    [found] = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
+    return {
+        str(node.target.id): shown(_parsed_default(node.value))
+        for node in found.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
+def _parsed_default(value: ast.expr | None) -> object:
+    if not isinstance(value, ast.Call):
+        return PydanticUndefined
+    given: dict[str | None, Any] = {word.arg: word.value for word in value.keywords}
+    if "default" in given:
+        return ast.literal_eval(given["default"])
+    return {} if "default_factory" in given else PydanticUndefined
+
+
+@pytest.mark.parametrize("group", GROUPS.values(), ids=lambda group: group.__name__)
+def test_every_environment_setting_is_documented(group: type[BaseModel]) -> None:
+    assert section(group.__name__) == fields_of(group)
+
+
+@pytest.mark.parametrize("model", [GatewayConfig, LimitsConfig, LimitPolicy, ModelEntry])
+def test_every_setting_of_the_policy_is_documented(model: type[BaseModel]) -> None:
+    assert section(model.__name__) == fields_of(model)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("deployments/model.py", "ModelArgs"),
+        ("deployments/request_log.py", "RequestLogOptions"),
+    ],
+)
+def test_every_setting_of_a_deployment_is_documented(file: str, name: str) -> None:
+    assert section(name) == parsed_fields(file, name)
+
+
+@pytest.mark.parametrize("model", [LimitPolicy, ModelEntry])
+def test_fields_are_parsed_as_pydantic_sees_them(model: type[BaseModel]) -> None:
+    assert parsed_fields("serve_app/config.py", model.__name__) == fields_of(model)
+
+
+def test_every_nginx_variable_is_documented() -> None:
+    assert section("nginx") == dict(nginx.DEFAULTS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_variable_that_is_named_exists(page: Path) -> None:
+    files = [*PROJECT.glob("serve_app/**/*.py"), PROJECT / ".ci" / "setup", PROJECT / "Makefile"]
+    code = set(ENVIRONMENT.findall(" ".join(file.read_text(encoding="utf-8") for file in files)))
+    named = {name.removesuffix("_FILE") for name in ENVIRONMENT.findall(page.read_text("utf-8"))}
+    assert named <= code
+
+
+# Errors.
+
+
+def error_classes(base: type[RequestError] = RequestError) -> Iterator[type[RequestError]]:
+    for error in base.__subclasses__():
+        if error.__module__ == base.__module__:
+            yield error
+            yield from error_classes(error)
+
+
+def test_every_error_is_documented_and_no_other() -> None:
+    classes = {
+        (name.__name__, str(name.status), name.type, str(name.code), name().message)
+        for name in error_classes()
+    }
+    ours = heading(ERRORS, "## What the gateway refuses")
+    assert {tuple(row) for row in rows(ours)} == classes
+
+
+def test_every_refusal_of_nginx_is_documented_and_no_other() -> None:
+    template = nginx.TEMPLATE.read_text(encoding="utf-8")
+    refusals = re.findall(
+        r"""return (\d+) '\{"error":\{"message":"(.*?)","type":"(\w+)","param":null,"""
+        r""""code":"(\w+)"\}\}'""",
+        template,
+    )
+    assert refusals
+    theirs = heading(ERRORS, "## What nginx refuses")
+    expected = {(code, status, kind, message) for status, message, kind, code in refusals}
+    assert {tuple(row) for row in rows(theirs)} == expected
+
+
+# The API.
+
+
+def test_every_parameter_that_passes_is_documented() -> None:
+    passed, _, _ = API.partition("### Refused")
+    named = set(re.findall(r"`(\w+)`", passed))
+    assert set().union(*PARAMETERS.values()) <= named
+
+
+def test_every_address_is_documented() -> None:
+    document = create_app(lambda: pytest.fail("not asked"), list).openapi()
+    for path, methods in document["paths"].items():
+        for method in methods:
+            assert f"`{method.upper()} {path}`" in API
+
+
+# Metrics.
+
+
+def exported_metrics() -> set[str]:
+    """Return the names under which Prometheus sees our metrics."""
+    found = set()
+    for file in ("deployments/metrics.py", "deployments/request_log.py"):
+        for kind, name in _METRIC.findall((PROJECT / file).read_text(encoding="utf-8")):
+            found.add(f"ray_{name}_total" if kind == "Counter" else f"ray_{name}")
+    return found
+
+
+def test_every_metric_is_documented_and_no_other() -> None:
+    assert exported_metrics()
+    assert set(re.findall(r"`(ray_comp_ai_\w+)`", OPERATIONS)) == exported_metrics()
+
+
+# Commands.
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Return every `comp-ai` command line of the pages, with its page."""
+    found = []
+    for page in PAGES:
+        for language, block in _FENCE.findall(page.read_text(encoding="utf-8")):
+            if language != "sh":
+                continue
+            for line in block.replace("\\\n", " ").splitlines():
+                for match in re.finditer(r"(?:^|bin/)comp-ai ([^|;)#]+)", line.split(" # ")[0]):
+                    found.append((page.name, shlex.split(match[1])))
+    return found
+
+
+@pytest.mark.parametrize(("page", "words"), commands())
+def test_every_command_that_is_shown_exists(page: str, words: list[str]) -> None:
+    command: Any = get_command(command_line)
+    names = iter(words)
+    while hasattr(command, "commands"):
+        name = next(names)
+        assert name in command.commands, f"{page}: comp-ai {shlex.join(words)}"
+        command = command.commands[name]
+    options = {option for param in command.params for option in param.opts}
+    assert {word for word in names if word.startswith("--")} <= options
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_make_target_that_is_shown_exists(page: Path) -> None:
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    blocks = " ".join(block for _, block in _FENCE.findall(page.read_text(encoding="utf-8")))
+    assert set(re.findall(r"\bmake ([a-z-]+)", blocks)) <= targets
+
+
+# Pages.
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    without_code = _FENCE.sub("", text)
+    headings = re.findall(r"^#+ (.+)$", without_code, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    for link in _LINK.findall(text):
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = set(_LINK.findall((PROJECT / "README.md").read_text(encoding="utf-8")))
+    assert {f"docs/{page.name}" for page in (PROJECT / "docs").glob("*.md")} <= linked
+
+
+def test_changelog_knows_the_version() -> None:
+    version = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    text = (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## \[(.+?)\](?: - \d{4}-\d{2}-\d{2})?$", text, re.MULTILINE)
+    assert sections == [
+        name for name in sections if re.fullmatch(r"Unreleased|\d+\.\d+\.\d+", name)
+    ]
+    # A version that was released has its section; the first one is still to come.
+    assert sections[0] in ("Unreleased", version)
+    assert version in sections or sections == ["Unreleased"]

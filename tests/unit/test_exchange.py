@@ -1,0 +1,181 @@
+"""The account of one request: how it ended, what it used, how fast it came."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import orjson
+import pytest
+
+from serve_app.completions.exchange import Exchange, Timings
+from serve_app.completions.sse import Usage
+from serve_app.config import Bodies
+from serve_app.contracts import LeaseGrant
+from serve_app.errors import (
+    AuthenticationFailed,
+    ClientGone,
+    DeadlineExceeded,
+    EngineFailed,
+    InternalError,
+    InvalidRequest,
+    ModelOverloaded,
+    RateLimited,
+    RequestError,
+)
+from serve_app.identity.principal import Permission, Principal
+from serve_app.records import Outcome, PrincipalKind, RequestRecord
+
+
+class HeldLease:
+    """A lease that was granted."""
+
+    grant = LeaseGrant(address="127.0.0.1:1", token="t", replica_id="r1")
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def exchange(route: str = "chat.completions", **more: Any) -> Exchange:
+    return Exchange(route=route, request_id="from-client", client_address="10.0.0.1", **more)
+
+
+def record(of: Exchange) -> RequestRecord:
+    return of.record(Bodies.FULL)
+
+
+def test_nothing_but_a_request() -> None:
+    row = record(exchange())
+    assert (row.outcome, row.status, row.error_code) == (Outcome.COMPLETED, 200, None)
+    assert (row.request_id, row.client_address) == ("from-client", "10.0.0.1")
+    assert (row.prompt_tokens, row.completion_tokens) == (0, 0)
+    assert (
+        row.principal_id is row.model is row.replica_id is row.auth_ms is row.request_body is None
+    )
+    assert row.duration_ms >= 0
+
+
+def test_ids_are_ours_even_where_the_client_repeats_its_own() -> None:
+    assert record(exchange()).id != record(exchange()).id
+
+
+@pytest.mark.parametrize(
+    ("error", "leased", "outcome"),
+    [
+        (AuthenticationFailed(), False, Outcome.REFUSED),
+        (RateLimited(), False, Outcome.REFUSED),
+        (ModelOverloaded(), False, Outcome.REFUSED),
+        (InvalidRequest(), True, Outcome.REFUSED),
+        (EngineFailed(), True, Outcome.FAILED),
+        (InternalError(), True, Outcome.FAILED),
+        (InternalError(), False, Outcome.FAILED),
+        (ClientGone(), False, Outcome.CANCELLED),
+        (ClientGone(), True, Outcome.CANCELLED),
+        (DeadlineExceeded(), False, Outcome.TIMED_OUT),
+        (DeadlineExceeded(), True, Outcome.TIMED_OUT),
+    ],
+)
+def test_outcome(error: RequestError, leased: bool, outcome: Outcome) -> None:
+    one = exchange(lease=HeldLease() if leased else None)
+    one.fail(error)
+    row = record(one)
+    assert (row.outcome, row.status, row.error_code) == (outcome, error.status, error.code)
+    assert row.replica_id == ("r1" if leased else None)
+
+
+def test_first_reason_stays() -> None:
+    one = exchange()
+    one.fail(RateLimited())
+    one.fail(EngineFailed())
+    assert one.status == 429
+
+
+def test_principal_is_noted() -> None:
+    key = uuid.uuid4()
+    row = record(
+        exchange(
+            principal=Principal(
+                id="u",
+                kind=PrincipalKind.API_KEY,
+                permissions=frozenset({Permission.USER}),
+                api_key_id=key,
+            )
+        )
+    )
+    assert (row.principal_id, row.principal_kind, row.api_key_id) == (
+        "u",
+        PrincipalKind.API_KEY,
+        key,
+    )
+
+
+@pytest.mark.parametrize(
+    ("route", "usage", "frames", "expected"),
+    [
+        ("chat.completions", Usage(3, 2), 9, (3, 2)),
+        # No token came: the engine did not count the prompt either.
+        ("chat.completions", Usage(3, 0), 2, (0, 0)),
+        # No usage came: a frame a token, without the opening frame of a chat.
+        ("chat.completions", None, 6, (0, 5)),
+        ("chat.completions", None, 0, (0, 0)),
+        ("completions", None, 5, (0, 5)),
+        ("completions", None, 0, (0, 0)),
+    ],
+)
+def test_usage(route: str, usage: Usage | None, frames: int, expected: tuple[int, int]) -> None:
+    row = record(exchange(route, stream=True, usage=usage, frames=frames))
+    assert (row.prompt_tokens, row.completion_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("stream", "tokens", "mean_ms"), [(True, 5, 100.0), (True, 1, None), (False, 5, None)]
+)
+def test_mean_time_between_tokens(stream: bool, tokens: int, mean_ms: float | None) -> None:
+    one = exchange(stream=stream, usage=Usage(1, tokens), first_token_s=10.0, last_token_s=10.4)
+    assert record(one).inter_token_mean_ms == mean_ms
+
+
+def test_mean_time_needs_a_token() -> None:
+    assert record(exchange(stream=True, usage=Usage(1, 5))).inter_token_mean_ms is None
+
+
+def test_token_times() -> None:
+    one = exchange()
+    one.token_arrived()
+    first = one.first_token_s
+    one.token_arrived()
+    assert one.first_token_s == first
+    assert one.last_token_s is not None
+    assert first is not None
+    assert one.last_token_s >= first
+    assert one.timings.time_to_first_token_s == pytest.approx(first - one.started_s)
+
+
+def test_server_timing() -> None:
+    timings = Timings(auth_s=0.001, queue_s=0.5)
+    assert timings.server_timing() == "auth;dur=1.00, queue;dur=500.00"
+    assert timings.server_timing(0.6) == "auth;dur=1.00, queue;dur=500.00, total;dur=600.00"
+    assert Timings().server_timing(0.6) == "total;dur=600.00"
+
+
+def test_bodies_are_kept_where_the_policy_says_so() -> None:
+    frames = b'data: {"choices":[{"index":0,"delta":{"content":"Yes."}}]}\n\n'
+    one = exchange(stream=True, request_body=b'{"a":"\xc3\xa9"}', answer=bytearray(frames))
+    assert (record(one).request_body, record(one).response_text) == ('{"a":"é"}', "Yes.")
+    bare = one.record(Bodies.NONE)
+    assert (bare.request_body, bare.response_text) == (None, None)
+
+
+def test_request_that_is_no_utf8_is_kept_as_far_as_it_goes() -> None:
+    assert record(exchange(request_body=b'{"a":"\xff"}')).request_body == '{"a":"\ufffd"}'
+
+
+def test_whole_answer() -> None:
+    answer = orjson.dumps({"choices": [{"index": 0, "text": "Yes."}]})
+    assert record(exchange(answer=bytearray(answer))).response_text == "Yes."
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("answer", [b"Internal Server Error", b"[]", b"data: {broken\n\n", b"{}"])
+def test_an_answer_that_is_no_answer_still_leaves_a_record(stream: bool, answer: bytes) -> None:
+    assert record(exchange(stream=stream, answer=bytearray(answer))).response_text == ""

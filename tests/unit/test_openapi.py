@@ -1,0 +1,100 @@
+"""The OpenAPI document and the pages that need no model."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, NoReturn
+
+import httpx
+import pytest
+
+from serve_app.completions.body import PARAMETERS, Kind
+from serve_app.http_app import Check, create_app
+
+
+def _no_gateway() -> NoReturn:
+    raise AssertionError("these pages need no gateway")
+
+
+async def _yes() -> bool:
+    return True
+
+
+async def _no() -> bool:
+    return False
+
+
+async def _never() -> bool:
+    await asyncio.Event().wait()
+    return True
+
+
+def client(*checks: Check) -> httpx.AsyncClient:
+    app = create_app(_no_gateway, lambda: list(checks))
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://comp-ai")
+
+
+@pytest.fixture
+def document() -> dict[str, Any]:
+    return create_app(_no_gateway, list).openapi()
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_body_of_a_completion_is_what_is_taken(document: dict[str, Any], kind: Kind) -> None:
+    operation = document["paths"][kind.value]["post"]
+    body = operation["requestBody"]["content"]["application/json"]
+    assert body["schema"]["properties"].keys() == PARAMETERS[kind]
+    assert body["schema"]["additionalProperties"] is False
+    assert set(body["schema"]["required"]) <= body["example"].keys()
+    assert body["example"].keys() <= PARAMETERS[kind]
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_refusals_are_documented_in_openai_form(document: dict[str, Any], kind: Kind) -> None:
+    answers = document["paths"][kind.value]["post"]["responses"]
+    assert {"400", "401", "403", "404", "413", "429", "502", "503", "504"} <= answers.keys()
+    error = answers["429"]["content"]["application/json"]["example"]["error"]
+    assert error.keys() >= {"message", "type", "code"}
+
+
+def test_only_what_a_client_may_call_is_documented(document: dict[str, Any]) -> None:
+    assert set(document["paths"]) == {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/{model}",
+        "/health",
+        "/ready",
+    }
+
+
+async def test_document_and_page_are_served_without_an_outside_network() -> None:
+    async with client() as http:
+        assert (await http.get("/openapi.json")).json()["info"]["title"] == "Comp AI"
+        page = await http.get("/docs")
+        assert page.status_code == 200
+        assert "https://" not in page.text
+        assert (await http.get("/docs/assets/swagger-ui-bundle.js")).status_code == 200
+
+
+async def test_health() -> None:
+    async with client(Check("x", _no)) as http:
+        assert (await http.get("/health")).json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("broken", [_no, _never])
+async def test_ready_names_the_part_that_does_not_work(
+    broken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.http_app._READY_TIMEOUT_S", 0.05)
+    async with client(Check("good", _yes), Check("bad", broken)) as http:
+        response = await http.get("/ready")
+    assert response.status_code == 503
+    assert response.json() == {"ready": False, "parts": {"good": True, "bad": False}}
+
+
+async def test_ready() -> None:
+    async with client(Check("good", _yes)) as http:
+        response = await http.get("/ready")
+    assert response.status_code == 200
+    assert response.json() == {"ready": True, "parts": {"good": True}}

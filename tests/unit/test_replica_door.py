@@ -1,0 +1,196 @@
+"""The door of a replica: in only with the token of a live lease, once."""
+
+from __future__ import annotations
+
+import asyncio
+
+import orjson
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from serve_app.replica import (
+    ABORT_PATH,
+    LEASE_HEADER,
+    PROMPTS_HEADER,
+    REQUEST_ID_HEADER,
+    LeaseBook,
+    LeaseDoor,
+    Slot,
+)
+
+PATH = "/v1/completions"
+
+
+class App:
+    """An engine's app that waits until it is let go, and notes how it ended."""
+
+    def __init__(self) -> None:
+        self.entered = asyncio.Event()
+        self.go = asyncio.Event()
+        self.ended: list[str] = []
+        self.error: Exception | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 200."""
+        self.entered.set()
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.ended.append("cancelled")
+            raise
+        if self.error is not None:
+            raise self.error
+        self.ended.append("answered")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+
+class Door:
+    """A door with an app behind it, and a way to knock."""
+
+    def __init__(self) -> None:
+        self.app = App()
+        self.book = LeaseBook()
+        self.aborted: list[Slot] = []
+        self._door = LeaseDoor(self.app, self.book, self._abort)
+
+    async def _abort(self, slot: Slot) -> None:
+        self.aborted.append(slot)
+
+    async def knock(self, token: str | None, path: str = PATH, **headers: str) -> tuple[int, bytes]:
+        """Send one request and return status and body; 0 where no answer came."""
+        sent: list[tuple[int, bytes]] = []
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        if token is not None:
+            named[LEASE_HEADER] = token
+        raw = [(name.encode(), value.encode("latin-1")) for name, value in named.items()]
+
+        async def send(message: dict[str, object]) -> None:
+            sent.append((int(str(message.get("status", 0))), bytes(message.get("body", b""))))  # type: ignore[call-overload]
+
+        async def receive() -> dict[str, object]:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        scope = {"type": "http", "path": path, "headers": raw}
+        await self._door(scope, receive, send)  # type: ignore[arg-type]
+        return sum(status for status, _ in sent), b"".join(body for _, body in sent)
+
+
+@pytest.fixture
+async def door() -> Door:
+    return Door()
+
+
+@pytest.mark.parametrize("token", [None, "", "guessed", "\xff"])
+@pytest.mark.parametrize("path", [PATH, ABORT_PATH, "/metrics"])
+async def test_without_a_live_lease_nobody_gets_in(
+    door: Door, token: str | None, path: str
+) -> None:
+    async with door.book.lease():
+        status, body = await door.knock(token, path)
+    assert status == 403
+    assert orjson.loads(body)["error"]["message"] == "no live lease"
+    assert not door.app.entered.is_set()
+    assert not door.aborted
+
+
+async def test_token_opens_once(door: Door) -> None:
+    door.app.go.set()
+    async with door.book.lease() as slot:
+        assert (await door.knock(slot.token))[0] == 200
+        assert (await door.knock(slot.token))[0] == 409
+    assert door.app.ended == ["answered"]
+
+
+async def test_token_opens_once_also_while_the_first_request_runs(door: Door) -> None:
+    async with door.book.lease() as slot:
+        first = asyncio.create_task(door.knock(slot.token))
+        await door.app.entered.wait()
+        assert (await door.knock(slot.token))[0] == 409
+        door.app.go.set()
+        assert (await first)[0] == 200
+
+
+async def test_token_of_an_ended_lease_is_worthless(door: Door) -> None:
+    async with door.book.lease() as slot:
+        assert len(door.book) == 1
+    assert len(door.book) == 0
+    assert (await door.knock(slot.token))[0] == 403
+
+
+async def test_leases_have_tokens_of_their_own(door: Door) -> None:
+    async with door.book.lease() as one, door.book.lease() as two:
+        assert one.token != two.token
+        assert min(len(one.token), len(two.token)) >= 32
+        assert door.book.find(one.token) is one
+
+
+async def test_abort_names_what_runs_under_the_lease(door: Door) -> None:
+    async with door.book.lease() as slot:
+        headers = {REQUEST_ID_HEADER: "r1", PROMPTS_HEADER: "3"}
+        serving = asyncio.create_task(door.knock(slot.token, **headers))
+        await door.app.entered.wait()
+        assert (await door.knock(slot.token, ABORT_PATH))[0] == 202
+        (aborted,) = door.aborted
+        assert (aborted.path, aborted.request_id, aborted.prompts) == (PATH, "r1", 3)
+        door.app.go.set()
+        assert (await serving)[0] == 200  # an abort ends in good order
+
+
+async def test_end_of_the_lease_stops_what_runs_under_it(door: Door) -> None:
+    async with door.book.lease() as slot:
+        serving = asyncio.create_task(door.knock(slot.token))
+        await door.app.entered.wait()
+    async with asyncio.timeout(10):
+        assert (await serving)[0] == 0
+    assert door.app.ended == ["cancelled"]
+
+
+async def test_cancelled_lease_stops_what_runs_under_it(door: Door) -> None:
+    granted: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
+
+    async def hold() -> None:
+        async with door.book.lease() as slot:
+            granted.set_result(slot)
+            await asyncio.Event().wait()
+
+    lease = asyncio.create_task(hold())
+    serving = asyncio.create_task(door.knock((await granted).token))
+    await door.app.entered.wait()
+    lease.cancel()
+    async with asyncio.timeout(10):
+        await serving
+    assert door.app.ended == ["cancelled"]
+    assert len(door.book) == 0
+
+
+async def test_app_that_looks_learns_that_its_client_is_gone(door: Door) -> None:
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        door.app.entered.set()
+        seen.append((await receive())["type"])
+
+    door._door = LeaseDoor(app, door.book, door._abort)
+    async with door.book.lease() as slot:
+        serving = asyncio.create_task(door.knock(slot.token))
+        await door.app.entered.wait()
+    async with asyncio.timeout(10):
+        await serving
+    assert seen == ["http.disconnect"]
+
+
+async def test_error_of_the_app_reaches_the_server(door: Door) -> None:
+    door.app.error = RuntimeError("engine")
+    door.app.go.set()
+    async with door.book.lease() as slot:
+        with pytest.raises(RuntimeError, match="engine"):
+            await door.knock(slot.token)
+
+
+async def test_only_http_is_served(door: Door) -> None:
+    async with door.book.lease() as slot:
+        headers = [(LEASE_HEADER.encode(), slot.token.encode())]
+        await door._door({"type": "websocket", "path": PATH, "headers": headers}, None, None)  # type: ignore[arg-type]
+    assert not door.app.entered.is_set()
