@@ -17,7 +17,9 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, ReplicaState
 
+from deployments.applications import ServedApplications, StatusUnknown
 from serve_app.config import LimitPolicy, ModelEntry
 from serve_app.contracts import Lease, LeaseGrant, LeaseHint, ReservationRequest
 from serve_app.errors import (
@@ -140,6 +142,7 @@ class RayModelPool:
 
     def __init__(self) -> None:
         self._handles: dict[str, DeploymentHandle] = {}
+        self._applications = ServedApplications()
 
     async def open(self, model: ModelEntry, hint: LeaseHint) -> Lease:
         """See `ModelPool.open`."""
@@ -158,17 +161,13 @@ class RayModelPool:
     async def ready(self, model: ModelEntry) -> bool:
         """See `ModelPool.ready`."""
         try:
-            # It asks the controller and blocks for the answer.
-            status = await asyncio.to_thread(serve.status)
-        except (RayError, RayServeException, ValueError) as error:
-            # A ValueError is a status that Serve could not read back while it changes.
-            logger.warning("no status of the models: %s", type(error).__name__)
+            app = (await self._applications.get()).get(model.app)
+        except StatusUnknown:
             return False
-        app = status.applications.get(model.app)
         # While it is being built, an application has no deployments yet.
         if app is None or not app.deployments:
             return False
-        return all(d.replica_states.get("RUNNING", 0) > 0 for d in app.deployments.values())
+        return all(_serves(d) for d in app.deployments.values())
 
     async def _handle(self, app: str) -> DeploymentHandle:
         if app not in self._handles:
@@ -179,6 +178,13 @@ class RayModelPool:
                 raise ModelNotReady from error
             self._handles[app] = handle.options(stream=True)
         return self._handles[app]
+
+
+def _serves(deployment: DeploymentStatusOverview) -> bool:
+    states = deployment.replica_states
+    # Without any replica and healthy it is scaled to zero: the next request starts one.
+    asleep = not states and deployment.status is DeploymentStatus.HEALTHY
+    return asleep or states.get(ReplicaState.RUNNING, 0) > 0
 
 
 async def _attempts() -> AsyncIterator[Any]:

@@ -30,7 +30,7 @@ def _ask(stack: RunningStack, request_id: str, model: str = FAKE_MODEL) -> None:
 def test_health_and_readiness(stack: RunningStack) -> None:
     assert httpx.get(f"{stack.url}/health").json() == {"status": "ok"}
     ready = httpx.get(f"{stack.url}/ready", timeout=10)
-    assert ready.status_code == 200
+    assert ready.status_code == 200, ready.text
     parts = ready.json()["parts"]
     assert parts == {
         "limits": True,
