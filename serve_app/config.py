@@ -6,6 +6,7 @@ The gateway's part stands in `user_config`, so that Serve changes it in place.
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection
 from typing import Annotated, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -64,6 +65,48 @@ class LimitsConfig(_Config):
         return self.principals.get(principal_id, self.default)
 
 
+class Standing(_Config):
+    """How the requests of a principal are placed among those of others."""
+
+    priority: int = Field(
+        default=0,
+        ge=-1000,
+        le=1000,
+        description="Place in the queues of gateway and engine; the lower number is served first.",
+    )
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="Share of a busy model, beside others of the same priority.",
+    )
+
+
+class StandingConfig(_Config):
+    """Standings by role; of several roles the lowest priority and the largest weight hold."""
+
+    default: Standing = Field(
+        default=Standing(), description="Standing of who has none of the roles below."
+    )
+    roles: dict[str, Standing] = Field(
+        default_factory=dict, description="Standing by role, as the issuer names it."
+    )
+    batch: Standing = Field(
+        default=Standing(priority=100, weight=0.25),
+        description="Standing of requests that come out of a batch, whoever made it.",
+    )
+
+    def of(self, roles: Collection[str]) -> Standing:
+        """Return the standing of a principal with `roles`."""
+        held = [self.roles[role] for role in roles if role in self.roles]
+        if not held:
+            return self.default
+        return Standing(
+            priority=min(standing.priority for standing in held),
+            weight=max(standing.weight for standing in held),
+        )
+
+
 class ModelEntry(_Config):
     """One model that the gateway offers."""
 
@@ -88,6 +131,9 @@ class GatewayConfig(_Config):
 
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="Models on offer.")
     limits: LimitsConfig = Field(default=LimitsConfig(), description="Limits by principal.")
+    standings: StandingConfig = Field(
+        default=StandingConfig(), description="Priority and share by role."
+    )
     bodies: Bodies = Field(
         default=Bodies.FULL, description="Keep prompts and answers in the log (full) or not (none)."
     )

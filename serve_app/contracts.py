@@ -9,7 +9,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Protocol
 
-from serve_app.config import LimitPolicy, ModelEntry
+from serve_app.config import LimitPolicy, ModelEntry, Standing
 from serve_app.records import RequestRecord
 
 
@@ -59,6 +59,7 @@ class LeaseHint:
 
     request_id: str
     principal_id: str
+    standing: Standing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

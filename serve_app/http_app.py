@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Path, Security
+from fastapi import FastAPI, Path
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
-from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from serve_app.completions.body import Kind
-from serve_app.completions.gateway import Gateway
 from serve_app.errors import (
     BodyTooLarge,
     InternalError,
@@ -28,15 +26,10 @@ from serve_app.errors import (
     RequestError,
     to_openai,
 )
-from serve_app.openapi import ANSWERS, DESCRIPTION, completion_docs
-
-Answer = Callable[[Request, Send], Awaitable[None]]
-GetGateway = Callable[[], Gateway]
+from serve_app.openapi import DESCRIPTION, completion_docs
+from serve_app.routing import SIGNED_IN, Direct, GetGateway
 
 _READY_TIMEOUT_S = 5.0
-
-# For the document only: the gateway checks the credential itself, and records the refusal.
-_SIGNED_IN = [Security(HTTPBearer(scheme_name="bearer", auto_error=False))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +38,6 @@ class Check:
 
     name: str
     works: Callable[[], Awaitable[bool]]
-
-
-class _Direct(Response):
-    """A response that is written by the gateway itself."""
-
-    def __init__(self, request: Request, answer: Answer) -> None:
-        super().__init__()
-        self._request = request
-        self._answer = answer
-
-    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
-        await self._answer(self._request, send)
 
 
 def create_app(gateway: GetGateway, checks: Callable[[], list[Check]]) -> FastAPI:
@@ -76,35 +57,33 @@ def _add_completions(app: FastAPI, gateway: GetGateway) -> None:
         "/v1/chat/completions",
         tags=["completions"],
         **completion_docs(Kind.CHAT),
-        responses=ANSWERS,
-        dependencies=_SIGNED_IN,
+        **SIGNED_IN,
     )
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation."""
-        return _Direct(request, lambda r, send: gateway().complete(Kind.CHAT, r, send))
+        return Direct(request, lambda r, send: gateway().complete(Kind.CHAT, r, send))
 
     @app.post(
         "/v1/completions",
         tags=["completions"],
         **completion_docs(Kind.TEXT),
-        responses=ANSWERS,
-        dependencies=_SIGNED_IN,
+        **SIGNED_IN,
     )
     async def create_completion(request: Request) -> Response:
         """Continue a text."""
-        return _Direct(request, lambda r, send: gateway().complete(Kind.TEXT, r, send))
+        return Direct(request, lambda r, send: gateway().complete(Kind.TEXT, r, send))
 
 
 def _add_models(app: FastAPI, gateway: GetGateway) -> None:
-    @app.get("/v1/models", tags=["models"], responses=ANSWERS, dependencies=_SIGNED_IN)
+    @app.get("/v1/models", tags=["models"], **SIGNED_IN)
     async def list_models(request: Request) -> Response:
         """List the models that you may use."""
-        return _Direct(request, gateway().list_models)
+        return Direct(request, gateway().list_models)
 
-    @app.get("/v1/models/{model:path}", tags=["models"], responses=ANSWERS, dependencies=_SIGNED_IN)
+    @app.get("/v1/models/{model:path}", tags=["models"], **SIGNED_IN)
     async def retrieve_model(model: Annotated[str, Path()], request: Request) -> Response:
         """Describe one model."""
-        return _Direct(request, lambda r, send: gateway().retrieve_model(model, r, send))
+        return Direct(request, lambda r, send: gateway().retrieve_model(model, r, send))
 
 
 def _add_health(app: FastAPI, checks: Callable[[], list[Check]]) -> None:
@@ -167,12 +146,12 @@ def _add_refusals(app: FastAPI, gateway: GetGateway) -> None:
 
     async def too_large(request: Request) -> Response:
         # nginx sends here, without its body, a request that is over nginx's own limit.
-        return _Direct(request, refusal(BodyTooLarge()))
+        return Direct(request, refusal(BodyTooLarge()))
 
     async def unknown(request: Request) -> Response:
         # A partial match is one of the path alone.
         known_path = any(route.matches(request.scope)[0] is Match.PARTIAL for route in known)
-        return _Direct(request, refusal(MethodNotAllowed() if known_path else NotFound()))
+        return Direct(request, refusal(MethodNotAllowed() if known_path else NotFound()))
 
     methods: list[str] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
     options: dict[str, Any] = {"methods": methods, "include_in_schema": False}

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -41,7 +41,7 @@ from serve_app.completions.sse import (
     read_usage,
 )
 from serve_app.completions.upstream import Upstream, engine_error
-from serve_app.config import Bodies, Durability, GatewayConfig
+from serve_app.config import Bodies, Durability, GatewayConfig, Standing
 from serve_app.contracts import LeaseHint, LimitKeeper, ModelPool, RecordSink
 from serve_app.errors import (
     BodyTooLarge,
@@ -60,6 +60,18 @@ from serve_app.records import RequestRecord
 from serve_app.request_line import RequestLines
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """An answer that no model makes."""
+
+    body: bytes
+    media_type: str = "application/json"
+
+
+# Answers a signed-in caller; the request is there for its body and its query.
+Handler = Callable[[Principal, Request], Awaitable[Document]]
 
 # Starts a task that outlives the call and that the gateway waits for when it closes.
 Spawn = Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]
@@ -82,6 +94,14 @@ class Parts:
     defaults: Defaults
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnBehalf:
+    """Who a request is made for by the gateway itself, and how it stands among others."""
+
+    principal: Principal
+    standing: Standing
+
+
 class Call:
     """One request: its steps, and what undoes them."""
 
@@ -93,15 +113,18 @@ class Call:
         route: str,
         request: Request,
         send: Send,
+        on_behalf: OnBehalf | None = None,
     ) -> None:
         self._config = config
         self._parts = parts
         self._spawn = spawn
         self._request = request
+        self._on_behalf = on_behalf
         self._reply = Reply(send)
         self._upstream: Upstream | None = None
         self._reader: StreamReader | None = None
         self._whole = b""
+        self._media_type = "application/json"
         self._body_read = asyncio.Event()
         self.exchange = Exchange(
             route=route,
@@ -120,12 +143,13 @@ class Call:
             upstream = await self._lease(principal, ask)
             await self._relay(upstream, ask)
 
-    async def describe(self, answer: Callable[[Principal], bytes]) -> None:
-        """Answer an authenticated question that needs no model."""
+    async def document(self, handler: Handler) -> None:
+        """Answer a signed-in caller where no model is needed."""
         async with self._deadline():
             principal = await self._authenticate()
             principal.require(Permission.USER)
-            self._whole = answer(principal)
+            document = await handler(principal, self._request)
+            self._whole, self._media_type = document.body, document.media_type
 
     async def refuse(self, error: RequestError) -> NoReturn:
         """Fail with `error`, after having seen who asks."""
@@ -148,12 +172,22 @@ class Call:
     async def _authenticate(self) -> Principal:
         begun_s = time.perf_counter()
         try:
-            header = self._request.headers.get("authorization")
-            principal = await self._parts.authenticator.authenticate(header)
+            principal = await self._principal()
         finally:
             self.exchange.timings.auth_s = time.perf_counter() - begun_s
         self.exchange.principal = principal
         return principal
+
+    async def _principal(self) -> Principal:
+        if self._on_behalf is not None:
+            return self._on_behalf.principal
+        header = self._request.headers.get("authorization")
+        return await self._parts.authenticator.authenticate(header)
+
+    def _standing(self, principal: Principal) -> Standing:
+        if self._on_behalf is not None:
+            return self._on_behalf.standing
+        return self._config.standings.of(principal.roles)
 
     async def _authorize(self, kind: Kind, principal: Principal) -> Ask:
         principal.require(Permission.USER)
@@ -178,7 +212,11 @@ class Call:
 
     async def _lease(self, principal: Principal, ask: Ask) -> Upstream:
         exchange = self.exchange
-        hint = LeaseHint(request_id=exchange.id.hex, principal_id=principal.id)
+        hint = LeaseHint(
+            request_id=exchange.id.hex,
+            principal_id=principal.id,
+            standing=self._standing(principal),
+        )
         begun_s = time.perf_counter()
         try:
             async with asyncio.timeout(self._config.queue_timeout_s):
@@ -266,7 +304,8 @@ class Call:
                 await self._reply.open_stream(self._headers())
             await self._reply.end_stream(DONE)
         else:
-            await self._reply.whole(self._whole, self._headers(self.exchange.elapsed_s))
+            headers = self._headers(self.exchange.elapsed_s)
+            await self._reply.whole(self._whole, headers, self._media_type)
 
     def _note_end(self, serving: asyncio.Task[None]) -> None:
         if serving.cancelled():

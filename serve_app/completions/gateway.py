@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 import orjson
@@ -12,7 +12,8 @@ from starlette.requests import Request
 from starlette.types import Send
 
 from serve_app.completions.body import Kind, find_model
-from serve_app.completions.call import Call, Parts
+from serve_app.completions.call import Call, Document, Handler, OnBehalf, Parts
+from serve_app.completions.collected import Answered, Collected
 from serve_app.config import GatewayConfig, ModelEntry
 from serve_app.errors import RequestError
 from serve_app.identity.principal import Principal
@@ -37,22 +38,40 @@ class Gateway:
         call = self._call(kind.route, request, send)
         await self._answer(call, call.complete(kind))
 
+    async def answer_for(
+        self, on_behalf: OnBehalf, kind: Kind, body: bytes, request_id: str
+    ) -> Answered:
+        """Return the answer to a request that the gateway makes for somebody.
+
+        It passes the same path as one that comes from outside, and leaves its record. If this
+        is cancelled the request ends like one whose client is gone.
+        """
+        collected = Collected(body, request_id)
+        call = self._call(kind.route, collected.request, collected.send, on_behalf)
+        await self._answer(call, call.complete(kind))
+        return collected.answered()
+
+    async def document(self, route: str, handler: Handler, request: Request, send: Send) -> None:
+        """Answer a signed-in caller with what `handler` returns; no model is needed."""
+        call = self._call(route, request, send)
+        await self._answer(call, call.document(handler))
+
     async def list_models(self, request: Request, send: Send) -> None:
         """Answer with the models that the caller may use."""
 
-        def models(principal: Principal) -> bytes:
+        async def models(principal: Principal, _request: Request) -> Document:
             usable = [_card(m) for m in self.config.models if principal.may_use(m.name)]
-            return orjson.dumps({"object": "list", "data": usable})
+            return Document(orjson.dumps({"object": "list", "data": usable}))
 
-        await self._describe(MODELS_ROUTE, request, send, models)
+        await self.document(MODELS_ROUTE, models, request, send)
 
     async def retrieve_model(self, name: str, request: Request, send: Send) -> None:
         """Answer with one model, if the caller may use it."""
 
-        def model(principal: Principal) -> bytes:
-            return orjson.dumps(_card(find_model(self.config, name, principal)))
+        async def model(principal: Principal, _request: Request) -> Document:
+            return Document(orjson.dumps(_card(find_model(self.config, name, principal))))
 
-        await self._describe(MODELS_ROUTE, request, send, model)
+        await self.document(MODELS_ROUTE, model, request, send)
 
     async def refuse(self, error: RequestError, route: str, request: Request, send: Send) -> None:
         """Answer with `error`; the record names the caller where the credential is good."""
@@ -64,12 +83,6 @@ class Gateway:
         while self._background:
             await asyncio.wait(self._background)
         await self.parts.session.close()
-
-    async def _describe(
-        self, route: str, request: Request, send: Send, answer: Callable[[Principal], bytes]
-    ) -> None:
-        call = self._call(route, request, send)
-        await self._answer(call, call.describe(answer))
 
     async def _answer(self, call: Call, serving: Coroutine[Any, Any, None]) -> None:
         """Run `serving` until it ends or the client is gone; finish; send the last byte.
@@ -85,8 +98,10 @@ class Gateway:
             await asyncio.shield(self._spawn(call.finish(task)))
         await call.end()
 
-    def _call(self, route: str, request: Request, send: Send) -> Call:
-        return Call(self.config, self.parts, self._spawn, route, request, send)
+    def _call(
+        self, route: str, request: Request, send: Send, on_behalf: OnBehalf | None = None
+    ) -> Call:
+        return Call(self.config, self.parts, self._spawn, route, request, send, on_behalf)
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         # Kept here, because the event loop itself holds tasks only weakly.

@@ -37,9 +37,11 @@ class Reply:
         """Send the last bytes of a stream."""
         await self._send({"type": "http.response.body", "body": data})
 
-    async def whole(self, body: bytes, headers: Mapping[str, str]) -> None:
-        """Send a complete JSON answer."""
-        await self._complete(200, body, headers)
+    async def whole(
+        self, body: bytes, headers: Mapping[str, str], media_type: str = "application/json"
+    ) -> None:
+        """Send a complete answer."""
+        await self._complete(200, body, {"content-type": media_type, **headers})
 
     async def error(self, error: RequestError, headers: Mapping[str, str]) -> None:
         """Send `error` as a complete OpenAI error answer."""
@@ -51,7 +53,7 @@ class Reply:
         await self._complete(error.status, orjson.dumps(to_openai(error)), extra)
 
     async def _complete(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-        await self._start(status, {**_JSON, "content-length": str(len(body)), **headers})
+        await self._start(status, {**_JSON, **headers, "content-length": str(len(body))})
         await self._send({"type": "http.response.body", "body": body})
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:

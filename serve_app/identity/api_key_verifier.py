@@ -250,7 +250,10 @@ class _Lru:
 
 
 _BOOTSTRAP = Principal(
-    id=BOOTSTRAP_ID, kind=PrincipalKind.API_KEY, permissions=frozenset({Permission.ADMIN})
+    id=BOOTSTRAP_ID,
+    kind=PrincipalKind.API_KEY,
+    permissions=frozenset({Permission.ADMIN}),
+    roles=frozenset({Permission.ADMIN.value}),
 )
 
 
@@ -261,6 +264,8 @@ def _to_principal(key: ApiKey) -> Principal:
         permissions=key.permissions,
         models=key.models,
         api_key_id=key.id,
+        # A key has no token to name roles; what it may do is what it is.
+        roles=frozenset(permission.value for permission in key.permissions),
     )
 
 

@@ -243,6 +243,7 @@ def to_principal(claims: Mapping[str, Any], client_id: str) -> Principal:
     return Principal(
         id=subject,
         kind=PrincipalKind.SERVICE if _is_service(claims, subject) else PrincipalKind.USER,
+        roles=roles,
         permissions=frozenset(permission for permission in Permission if permission in roles),
         models=models or None,
     )

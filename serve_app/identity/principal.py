@@ -24,6 +24,7 @@ class Principal:
     """A caller whose credential was verified.
 
     `id` is the token's `sub`, or the owner of the API key. `models` None allows every model.
+    `roles` are all that the token names, those of the permissions among them.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Principal:
     permissions: frozenset[Permission]
     models: frozenset[str] | None = None
     api_key_id: uuid.UUID | None = None
+    roles: frozenset[str] = frozenset()
 
     def may_use(self, model: str) -> bool:
         """Tell whether this principal may use `model`."""

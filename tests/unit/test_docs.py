@@ -7,9 +7,9 @@ import enum
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -18,7 +18,7 @@ from typer.main import get_command
 
 from serve_app.cli.app import app as command_line
 from serve_app.completions.body import PARAMETERS
-from serve_app.config import GatewayConfig, LimitPolicy, LimitsConfig, ModelEntry
+from serve_app.config import GatewayConfig, LimitPolicy, ModelEntry
 from serve_app.errors import RequestError
 from serve_app.http_app import create_app
 from serve_app.settings import GROUPS
@@ -74,7 +74,10 @@ def shown(default: object) -> str:
         return str(default.value)
     if isinstance(default, float):
         return f"{default:g}"
-    if isinstance(default, BaseModel) or default in ((), {}):
+    if isinstance(default, BaseModel):
+        named = default.model_dump(exclude_unset=True)
+        return ", ".join(f"{name} {value:g}" for name, value in named.items()) or "empty"
+    if default in ((), {}):
         return "empty"
     return str(default)
 
@@ -112,7 +115,23 @@ def test_every_environment_setting_is_documented(group: type[BaseModel]) -> None
     assert section(group.__name__) == fields_of(group)
 
 
-@pytest.mark.parametrize("model", [GatewayConfig, LimitsConfig, LimitPolicy, ModelEntry])
+def models_within(model: type[BaseModel]) -> list[type[BaseModel]]:
+    """Return `model` and every model that its fields hold."""
+    found = [model]
+    for kind in walked(field.annotation for field in model.model_fields.values()):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found += [within for within in models_within(kind) if within not in found]
+    return found
+
+
+def walked(kinds: Iterable[object]) -> Iterator[object]:
+    """Yield types and what stands in their brackets."""
+    for kind in kinds:
+        yield kind
+        yield from walked(get_args(kind))
+
+
+@pytest.mark.parametrize("model", models_within(GatewayConfig))
 def test_every_setting_of_the_policy_is_documented(model: type[BaseModel]) -> None:
     assert section(model.__name__) == fields_of(model)
 
