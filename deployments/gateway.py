@@ -24,9 +24,13 @@ from serve_app.config import GatewayConfig, parse_config
 from serve_app.errors import ConfigError
 from serve_app.http_app import Check, create_app
 from serve_app.identity.authenticator import build_authenticator
+from serve_app.lazy_pool import build_pool
 from serve_app.log_setup import log_as_json
 from serve_app.request_line import RequestLines
 from serve_app.settings import load_settings
+
+# Connections of one gateway to PostgreSQL, beside those that look up API keys.
+_POOL_SIZE = 8
 
 
 class GatewayArgs(BaseModel):
@@ -81,6 +85,9 @@ class Gateway:
             metrics=RayGatewayMetrics(),
             lines=RequestLines(sys.stdout),
             session=new_session(),
+            database=build_pool(
+                settings.postgres, application_name="comp-ai-gateway", max_size=_POOL_SIZE
+            ),
             defaults=Defaults(settings.service.max_tokens, settings.service.temperature),
         )
         self._gateway: gateway.Gateway | None = None

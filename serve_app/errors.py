@@ -21,6 +21,7 @@
         │   ├── ModelNotReady
         │   ├── IdentityUnavailable
         │   ├── LimitsUnavailable
+        │   ├── StoreUnavailable
         │   └── LogUnavailable
         └── DeadlineExceeded     504
 
@@ -217,6 +218,12 @@ class LimitsUnavailable(Unavailable):
     """The limits cannot be checked now. Try again later."""
 
     code = "limits_unavailable"
+
+
+class StoreUnavailable(Unavailable):
+    """What this request needs of the database cannot be read or kept now. Try again later."""
+
+    code = "store_unavailable"
 
 
 class LogUnavailable(Unavailable):

@@ -55,6 +55,7 @@ from serve_app.errors import (
     to_openai,
 )
 from serve_app.identity.principal import Authenticator, Permission, Principal
+from serve_app.lazy_pool import LazyPool
 from serve_app.metrics import GatewayMetrics
 from serve_app.records import RequestRecord
 from serve_app.request_line import RequestLines
@@ -91,6 +92,8 @@ class Parts:
     metrics: GatewayMetrics
     lines: RequestLines
     session: aiohttp.ClientSession
+    # For what is kept between requests; the credentials have a pool of their own.
+    database: LazyPool
     defaults: Defaults
 
 

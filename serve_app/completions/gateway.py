@@ -83,6 +83,7 @@ class Gateway:
         while self._background:
             await asyncio.wait(self._background)
         await self.parts.session.close()
+        await self.parts.database.close()
 
     async def _answer(self, call: Call, serving: Coroutine[Any, Any, None]) -> None:
         """Run `serving` until it ends or the client is gone; finish; send the last byte.

@@ -23,7 +23,7 @@ from serve_app.records import new_id, utc_now
 if TYPE_CHECKING:
     import asyncpg
 
-    from serve_app.identity.lazy_pool import LazyPool
+    from serve_app.lazy_pool import LazyPool
 
 KEY_START = "cai-"
 

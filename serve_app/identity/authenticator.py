@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import httpx
 
-from serve_app.database import create_pool
-from serve_app.errors import AuthenticationFailed
+from serve_app import lazy_pool
+from serve_app.errors import AuthenticationFailed, IdentityUnavailable
 from serve_app.identity.api_key_verifier import ApiKeyVerifier
 from serve_app.identity.api_keys import KEY_START, ApiKeyStore
-from serve_app.identity.lazy_pool import LazyPool, Pool
 from serve_app.identity.oidc import MAX_TOKEN_CHARS, OidcVerifier
 from serve_app.identity.principal import Principal
+from serve_app.lazy_pool import LazyPool
 from serve_app.settings import PostgresSettings, Settings
 
 _HTTP_TIMEOUT_S = 5.0
@@ -135,11 +135,11 @@ def build_pool(
     settings: PostgresSettings, *, clock: Callable[[], float] = time.monotonic
 ) -> LazyPool:
     """Return the pool of the accounts, for an authenticator or for the CLI's `ApiKeyStore`."""
-
-    async def connect() -> Pool:
-        # No connection is made ahead: opening must work as far as the settings do.
-        return await create_pool(
-            settings, min_size=0, max_size=_POOL_SIZE, application_name="comp-ai-identity"
-        )
-
-    return LazyPool(connect, clock=clock)
+    return lazy_pool.build_pool(
+        settings,
+        application_name="comp-ai-identity",
+        max_size=_POOL_SIZE,
+        unavailable=IdentityUnavailable,
+        name="identity",
+        clock=clock,
+    )

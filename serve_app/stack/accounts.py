@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from serve_app.database import create_pool, migrate
+from serve_app.errors import IdentityUnavailable
 from serve_app.identity.api_keys import ApiKeyStore, prefix_of
-from serve_app.identity.lazy_pool import LazyPool
+from serve_app.lazy_pool import LazyPool
 from serve_app.records import utc_now
 from serve_app.settings import PostgresSettings, Settings
 from serve_app.stack.home import Home, write_secret
@@ -54,6 +55,8 @@ async def key_store(settings: PostgresSettings) -> AsyncIterator[ApiKeyStore]:
     """Lend the table of API keys."""
     pool = LazyPool(
         lambda: create_pool(settings, min_size=0, max_size=2, application_name="comp-ai"),
+        unavailable=IdentityUnavailable,
+        name="identity",
         timeout_s=10.0,
     )
     try:

@@ -33,11 +33,13 @@ from serve_app.errors import (
 from serve_app.fake_engine import FakeEngine, FakeEngineConfig
 from serve_app.http_app import Check, create_app
 from serve_app.identity.principal import Permission, Principal
+from serve_app.lazy_pool import LazyPool, Pool, build_pool
 from serve_app.limits.book import LimitBook
 from serve_app.metrics import NoMetrics
 from serve_app.records import PrincipalKind, RequestRecord
 from serve_app.replica import LeaseBook, LeaseDoor, ReplicaServer, Slot
 from serve_app.request_line import RequestLines
+from serve_app.settings import PostgresSettings
 
 HOST = "127.0.0.1"
 KEY = "key-of-a-user"
@@ -261,12 +263,28 @@ class Watched:
             task.cancel()
 
 
+def _no_database() -> LazyPool:
+    async def connect() -> Pool:
+        raise ConnectionRefusedError
+
+    return LazyPool(connect)
+
+
+def _pool(settings: PostgresSettings) -> LazyPool:
+    return build_pool(settings, application_name="tests-gateway", max_size=4)
+
+
 class World:
     """A gateway with all its parts, serving on a port."""
 
     def __init__(
-        self, config: GatewayConfig, speed: FakeEngineConfig, engine_app: ASGIApp | None
+        self,
+        config: GatewayConfig,
+        speed: FakeEngineConfig,
+        engine_app: ASGIApp | None,
+        database: PostgresSettings | None,
     ) -> None:
+        self.database = _no_database() if database is None else _pool(database)
         self.events: list[str] = []
         self.replica = FakeReplica("replica-1", speed, engine_app)
         self.pool = FakePool(self.replica)
@@ -288,6 +306,7 @@ class World:
             metrics=NoMetrics(),
             lines=RequestLines(self.lines),
             session=new_session(),
+            database=self.database,
             defaults=Defaults(max_tokens=4096, temperature=0.7),
         )
 
@@ -330,11 +349,18 @@ FAST = FakeEngineConfig(time_to_first_token_s=0.0, time_per_token_s=0.0005)
 
 @asynccontextmanager
 async def world(
-    speed: FakeEngineConfig = FAST, engine_app: ASGIApp | None = None, **config: Any
+    speed: FakeEngineConfig = FAST,
+    engine_app: ASGIApp | None = None,
+    database: PostgresSettings | None = None,
+    **config: Any,
 ) -> AsyncIterator[World]:
-    """Serve a gateway and a replica until the block ends; `config` is the gateway's policy."""
+    """Serve a gateway and a replica until the block ends; `config` is the gateway's policy.
+
+    Without `database` the gateway's PostgreSQL is away.
+    """
     models = [{"name": "small", "app": "model-small", "max_tokens": 2000}]
-    made = World(GatewayConfig.model_validate({"models": models, **config}), speed, engine_app)
+    policy = GatewayConfig.model_validate({"models": models, **config})
+    made = World(policy, speed, engine_app, database)
     servers = (made.replica.server, made.server)
     await asyncio.gather(*(server.start() for server in servers))
     try:

@@ -16,8 +16,8 @@ from serve_app.errors import AuthenticationFailed, IdentityUnavailable
 from serve_app.identity.api_key_verifier import ApiKeyVerifier
 from serve_app.identity.api_keys import FIND_KEYS, ApiKeyStore, generate_key
 from serve_app.identity.authenticator import build_authenticator, build_pool
-from serve_app.identity.lazy_pool import LazyPool
 from serve_app.identity.principal import Permission
+from serve_app.lazy_pool import LazyPool
 from serve_app.records import Outcome, RequestRecord, new_id, utc_now
 from serve_app.settings import PostgresSettings, load_settings
 

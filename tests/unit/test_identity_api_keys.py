@@ -14,8 +14,8 @@ import pytest
 from serve_app.errors import AuthenticationFailed, IdentityUnavailable, InvalidRequest
 from serve_app.identity.api_key_verifier import ApiKeyVerifier
 from serve_app.identity.api_keys import ApiKey, ApiKeyStore, generate_key, hash_key, prefix_of
-from serve_app.identity.lazy_pool import LazyPool
 from serve_app.identity.principal import Permission
+from serve_app.lazy_pool import LazyPool
 from serve_app.records import PrincipalKind
 
 BOOTSTRAP = "bootstrap-" + "x" * 32
@@ -255,7 +255,9 @@ async def test_pool_is_not_tried_again_at_once() -> None:
         raise ConnectionRefusedError
 
     clock = Clock()
-    store = ApiKeyStore(LazyPool(connect, retry_s=1, max_retry_s=2, clock=clock))
+    store = ApiKeyStore(
+        LazyPool(connect, unavailable=IdentityUnavailable, retry_s=1, max_retry_s=2, clock=clock)
+    )
 
     async def attempt() -> None:
         with pytest.raises(IdentityUnavailable):

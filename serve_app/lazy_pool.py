@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import asyncpg
 
-from serve_app.database import CONNECT_ERRORS, DatabaseUnavailable
-from serve_app.errors import IdentityUnavailable, InvalidRequest
+from serve_app.database import CONNECT_ERRORS, DatabaseUnavailable, create_pool
+from serve_app.errors import InvalidRequest, StoreUnavailable, Unavailable
+from serve_app.settings import PostgresSettings
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -28,10 +29,12 @@ class LazyPool:
     """Lets the gateway start, and go on, while PostgreSQL is away.
 
     After a failure nothing is tried for `retry_s`, doubled up to `max_retry_s`, so that requests
-    are answered at once from what is cached instead of each waiting for a dead host.
+    are answered at once instead of each waiting for a dead host.
 
     Args:
         connect: opens the pool; called again after a failure.
+        unavailable: what is raised while PostgreSQL is away.
+        name: whose pool it is, in the log.
         timeout_s: limit of one use of a connection, opening included.
         clock: monotonic seconds.
     """
@@ -40,12 +43,16 @@ class LazyPool:
         self,
         connect: Callable[[], Awaitable[Pool]],
         *,
+        unavailable: type[Unavailable] = StoreUnavailable,
+        name: str = "store",
         timeout_s: float = 3.0,
         retry_s: float = 0.5,
         max_retry_s: float = 4.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connect = connect
+        self._unavailable = unavailable
+        self._name = name
         self._timeout_s = timeout_s
         self._first_retry_s = retry_s
         self._max_retry_s = max_retry_s
@@ -57,17 +64,18 @@ class LazyPool:
         self._down = False
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[Connection]:
-        """Lend a connection.
+    async def connection(self, *, timeout_s: float | None = None) -> AsyncIterator[Connection]:
+        """Lend a connection, for `timeout_s` where the pool's own limit does not fit.
 
         Raises:
-            IdentityUnavailable: PostgreSQL cannot be reached, is too slow, or cannot answer.
+            Unavailable: the class given to the pool: PostgreSQL cannot be reached, is too slow,
+                or cannot answer.
             InvalidRequest: PostgreSQL refuses the values.
         """
         self._refuse_while_down()
         try:
             async with (
-                asyncio.timeout(self._timeout_s),
+                asyncio.timeout(timeout_s or self._timeout_s),
                 (await self._opened()).acquire() as connection,
             ):
                 yield connection
@@ -75,7 +83,7 @@ class LazyPool:
             raise InvalidRequest("The database refuses these values.") from error
         except (DatabaseUnavailable, *CONNECT_ERRORS) as error:
             self._note_failure(error)
-            raise IdentityUnavailable(retry_after_s=self._retry_s) from error
+            raise self._unavailable(retry_after_s=self._retry_s) from error
         self._note_success()
 
     async def close(self) -> None:
@@ -102,7 +110,7 @@ class LazyPool:
 
     def _refuse_while_down(self) -> None:
         if self._down and self._clock() < self._closed_until:
-            raise IdentityUnavailable(retry_after_s=self._retry_s)
+            raise self._unavailable(retry_after_s=self._retry_s)
 
     def _note_failure(self, error: Exception) -> None:
         self._retry_s = (
@@ -112,13 +120,38 @@ class LazyPool:
         if not self._down:
             # The class only: a PostgreSQL message may quote the values of the query.
             logger.warning(
-                "the accounts cannot be read: %s",
+                "PostgreSQL is away for the %s: %s",
+                self._name,
                 type(error).__name__,
-                extra={"action": "identity_database_down"},
+                extra={"action": f"{self._name}_database_down"},
             )
         self._down = True
 
     def _note_success(self) -> None:
         if self._down:
-            logger.info("the accounts answer again", extra={"action": "identity_database_up"})
+            logger.info(
+                "PostgreSQL answers the %s again",
+                self._name,
+                extra={"action": f"{self._name}_database_up"},
+            )
         self._down = False
+
+
+def build_pool(
+    settings: PostgresSettings,
+    *,
+    application_name: str,
+    max_size: int,
+    unavailable: type[Unavailable] = StoreUnavailable,
+    name: str = "store",
+    clock: Callable[[], float] = time.monotonic,
+) -> LazyPool:
+    """Return a pool of at most `max_size` connections; opens none."""
+
+    async def connect() -> Pool:
+        # No connection is made ahead: opening must work as far as the settings do.
+        return await create_pool(
+            settings, min_size=0, max_size=max_size, application_name=application_name
+        )
+
+    return LazyPool(connect, unavailable=unavailable, name=name, clock=clock)
