@@ -71,8 +71,17 @@ class Document:
     media_type: str = "application/json"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Download:
+    """An answer that no model makes, part by part; the parts have `size_bytes` together."""
+
+    parts: AsyncIterator[bytes]
+    size_bytes: int
+    media_type: str = "application/octet-stream"
+
+
 # Answers a signed-in caller; the request is there for its body and its query.
-Handler = Callable[[Principal, Request], Awaitable[Document]]
+Handler = Callable[[Principal, Request], Awaitable[Document | Download]]
 
 # Starts a task that outlives the call and that the gateway waits for when it closes.
 Spawn = Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]
@@ -151,8 +160,11 @@ class Call:
         async with self._deadline():
             principal = await self._authenticate()
             principal.require(Permission.USER)
-            document = await handler(principal, self._request)
-            self._whole, self._media_type = document.body, document.media_type
+            answer = await handler(principal, self._request)
+            if isinstance(answer, Download):
+                await self._send_parts(answer)
+            else:
+                self._whole, self._media_type = answer.body, answer.media_type
 
     async def refuse(self, error: RequestError) -> NoReturn:
         """Fail with `error`, after having seen who asks."""
@@ -267,6 +279,16 @@ class Call:
             await self._reply.open_stream(self._headers())
         await self._reply.write(data)
 
+    async def _send_parts(self, download: Download) -> None:
+        """Send all but the last part, which goes out once the request is recorded."""
+        self._body_read.set()
+        size = str(download.size_bytes)
+        headers = {"content-type": download.media_type, "content-length": size}
+        await self._reply.open(headers | self._headers())
+        async for part in download.parts:
+            await self._reply.write(self._whole)
+            self._whole = part
+
     # Watching the client meanwhile.
 
     async def until_done_or_gone(self, serving: asyncio.Task[None]) -> None:
@@ -298,7 +320,10 @@ class Call:
         error = self.exchange.error
         if isinstance(error, ClientGone):
             return
-        if error is not None and self._reply.opened:
+        if self._reply.opened and not self.exchange.stream:
+            # Less than the length that was announced, so that a cut download is seen as one.
+            await self._reply.end_stream(b"" if error else self._whole)
+        elif error is not None and self._reply.opened:
             await self._reply.end_stream(error_frame(to_openai(error)))
         elif error is not None:
             await self._reply.error(error, self._headers(self.exchange.elapsed_s))

@@ -11,11 +11,12 @@ from starlette.types import Message, Scope
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A complete answer: HTTP status, request id, body."""
+    """A complete answer: HTTP status, request id, body, and when to try again."""
 
     status: int
     request_id: str
     body: bytes
+    retry_after_s: float | None = None
 
 
 class Collected:
@@ -26,6 +27,7 @@ class Collected:
         self._request_id = request_id
         self._told = False
         self._status = 0
+        self._retry_after_s: float | None = None
         self._parts: list[bytes] = []
 
     @property
@@ -49,12 +51,16 @@ class Collected:
         """Take one ASGI message of the answer."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
+            headers = dict(message["headers"])
+            if (seconds := headers.get(b"retry-after")) is not None:
+                self._retry_after_s = float(seconds)
         elif message["type"] == "http.response.body":
             self._parts.append(message.get("body", b""))
 
     def answered(self) -> Answered:
         """Return the answer, once all of it was sent."""
-        return Answered(self._status, self._request_id, b"".join(self._parts))
+        body = b"".join(self._parts)
+        return Answered(self._status, self._request_id, body, self._retry_after_s)
 
     async def _receive(self) -> Message:
         if not self._told:

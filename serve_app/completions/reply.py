@@ -27,7 +27,11 @@ class Reply:
 
     async def open_stream(self, headers: Mapping[str, str]) -> None:
         """Send the status and headers of a stream."""
-        await self._start(200, {**_STREAM, **headers})
+        await self.open({**_STREAM, **headers})
+
+    async def open(self, headers: Mapping[str, str]) -> None:
+        """Send the status and headers of an answer that comes in parts."""
+        await self._start(200, headers)
 
     async def write(self, data: bytes) -> None:
         """Send a part of a stream."""
