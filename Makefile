@@ -4,7 +4,7 @@ BIN := .venv/bin
 SUITES := $(wildcard tests/unit tests/integration tests/e2e tests/chaos)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-unit lint model clean
+.PHONY: help setup run test test-unit lint docs model clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -23,6 +23,9 @@ lint: setup ## Check style, types and import borders
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: setup ## Write what is made from the code: the reference of errors
+	$(BIN)/python -m serve_app.error_reference docs/errors.md
 
 test: model lint ## Run every check and every test
 	$(BIN)/pytest $(SUITES)

@@ -25,14 +25,15 @@
         │   └── LogUnavailable
         └── DeadlineExceeded     504
 
-The docstring of a class is its default message. `to_openai` is the one place that
-turns an error into a response body, in the form of
-https://platform.openai.com/docs/guides/error-codes
+The docstring of a class is its default message; `cause`, `remedy` and `retry_after` are what
+docs/errors.md says of it (`make docs`). `to_openai` is the one place that turns an error into a
+response body, in the form of https://platform.openai.com/docs/guides/error-codes
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 
@@ -69,6 +70,11 @@ class RequestError(CompAIError):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "api_error"
     code: ClassVar[str | None] = None
+    # For the reference, in Markdown: why it comes, what helps, and what Retry-After says where
+    # it is sent.
+    cause: ClassVar[str] = ""
+    remedy: ClassVar[str] = ""
+    retry_after: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -98,18 +104,27 @@ class InvalidRequest(RequestError):
     status = 400
     type = "invalid_request_error"
     code = "invalid_value"
+    cause = (
+        "a field is missing or wrong; a refusal of the engine's own, such as a prompt that "
+        "is too long, also comes under this code with the engine's words"
+    )
+    remedy = "correct the field in `param`"
 
 
 class MalformedBody(InvalidRequest):
     """The request body is not a JSON object."""
 
     code = "invalid_json"
+    cause = "the body is no JSON object, or is nested too deeply"
+    remedy = "send a JSON object, not compressed"
 
 
 class UnsupportedParameter(InvalidRequest):
     """A parameter of the request is not supported here."""
 
     code = "unsupported_parameter"
+    cause = "a field that would not be honoured"
+    remedy = "leave it out; [what passes](api.md#parameters)"
 
 
 class AuthenticationFailed(RequestError):
@@ -118,6 +133,14 @@ class AuthenticationFailed(RequestError):
     status = 401
     type = "authentication_error"
     code = "invalid_api_key"
+    cause = (
+        "no credential, or one that is unknown, wrong, expired, revoked, or meant for "
+        "another service"
+    )
+    remedy = (
+        "the message says which rule of a token failed; for an API key it says the same in "
+        "every case, on purpose"
+    )
 
 
 class PermissionDenied(RequestError):
@@ -126,6 +149,8 @@ class PermissionDenied(RequestError):
     status = 403
     type = "permission_error"
     code = "permission_denied"
+    cause = "the principal lacks `comp-ai:user`"
+    remedy = "ask for that role"
 
 
 class NotFound(RequestError):
@@ -134,12 +159,16 @@ class NotFound(RequestError):
     status = 404
     type = "invalid_request_error"
     code = "not_found"
+    cause = "a wrong address"
+    remedy = "compare it with [the addresses](api.md)"
 
 
 class ModelNotFound(NotFound):
     """The model does not exist or you may not use it."""
 
     code = "model_not_found"
+    cause = "no such model, or one that this principal may not use; both get the same answer"
+    remedy = "`GET /v1/models`"
 
 
 class MethodNotAllowed(RequestError):
@@ -148,6 +177,8 @@ class MethodNotAllowed(RequestError):
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+    cause = "a right address with a wrong method"
+    remedy = "compare it with [the addresses](api.md)"
 
 
 class BodyTooLarge(RequestError):
@@ -156,6 +187,8 @@ class BodyTooLarge(RequestError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+    cause = "over `max_body_bytes` of the gateway, or over nginx's limit"
+    remedy = "send less"
 
 
 class RateLimited(RequestError):
@@ -164,6 +197,9 @@ class RateLimited(RequestError):
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
+    cause = "a limit of the principal, or nginx's limit for one client address"
+    remedy = "wait for as long as `Retry-After` says"
+    retry_after = "requests a minute: until a place is free in the window; concurrency: 1"
 
 
 class ClientGone(RequestError):
@@ -172,12 +208,16 @@ class ClientGone(RequestError):
     status = 499
     type = "client_error"
     code = "client_disconnected"
+    cause = "the client closed the connection, or something between us did"
+    remedy = "nobody is there to read it: it is recorded and never sent"
 
 
 class InternalError(RequestError):
     """The service failed. Try again; if it goes on, give the operator the X-Request-ID."""
 
     code = "internal_error"
+    cause = "a fault of ours"
+    remedy = "its type and place are in the logs of the gateway's replica"
 
 
 class EngineFailed(RequestError):
@@ -186,6 +226,8 @@ class EngineFailed(RequestError):
     status = 502
     type = "api_error"
     code = "engine_error"
+    cause = "the replica broke off, failed or could not be reached"
+    remedy = "send it again; nothing is sent again for you"
 
 
 class Unavailable(RequestError):
@@ -194,42 +236,61 @@ class Unavailable(RequestError):
     status = 503
     type = "overloaded_error"
     code = "unavailable"
+    cause = "the family of those below; the gateway raises one of these"
+    remedy = "wait"
 
 
 class ModelOverloaded(Unavailable):
     """The queue of this model is full. Try again later."""
 
     code = "model_overloaded"
+    cause = "`max_queued_requests` requests wait for this model at this gateway"
+    remedy = "wait"
+    retry_after = "1"
 
 
 class ModelNotReady(Unavailable):
     """No replica of this model is ready. Try again later."""
 
     code = "model_not_ready"
+    cause = "no replica had room within `queue_timeout_s`, or the application is not deployed"
+    remedy = "wait; see [operations](operations.md#a-model-is-not-ready)"
+    retry_after = "`queue_timeout_s`, where the wait was what failed"
 
 
 class IdentityUnavailable(Unavailable):
     """The credential cannot be checked now. Try again later."""
 
     code = "identity_unavailable"
+    cause = "PostgreSQL or the issuer is away, and nothing that is remembered answers the question"
+    remedy = "wait"
+    retry_after = "mostly until the next try of ours"
 
 
 class LimitsUnavailable(Unavailable):
     """The limits cannot be checked now. Try again later."""
 
     code = "limits_unavailable"
+    cause = "the Limits replica did not answer within 10 s"
+    remedy = "wait"
+    retry_after = "10"
 
 
 class StoreUnavailable(Unavailable):
     """What this request needs of the database cannot be read or kept now. Try again later."""
 
     code = "store_unavailable"
+    cause = "PostgreSQL is away, and the request needs what is kept there"
+    remedy = "wait"
+    retry_after = "mostly until the next try of ours"
 
 
 class LogUnavailable(Unavailable):
     """The request cannot be recorded now, so it is not served. Try again later."""
 
     code = "request_log_unavailable"
+    cause = "the record could not be put on disk, [see below](#when-the-record-cannot-be-kept)"
+    remedy = "wait; the operator looks at the disk of the spool"
 
 
 class DeadlineExceeded(RequestError):
@@ -238,6 +299,16 @@ class DeadlineExceeded(RequestError):
     status = 504
     type = "timeout_error"
     code = "deadline_exceeded"
+    cause = "the answer took longer than `deadline_s`"
+    remedy = "ask for fewer tokens"
+
+
+def every_error(base: type[RequestError] = RequestError) -> Iterator[type[RequestError]]:
+    """Yield the errors of the tree below `base`, in the order in which they stand here."""
+    for error in base.__subclasses__():
+        if error.__module__ == __name__:
+            yield error
+            yield from every_error(error)
 
 
 def to_openai(error: RequestError) -> dict[str, Any]:

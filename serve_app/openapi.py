@@ -5,44 +5,101 @@ from __future__ import annotations
 from typing import Any
 
 from serve_app.completions.body import PARAMETERS, Kind
-from serve_app.errors import (
-    AuthenticationFailed,
-    BodyTooLarge,
-    DeadlineExceeded,
-    EngineFailed,
-    InvalidRequest,
-    ModelNotFound,
-    PermissionDenied,
-    RateLimited,
-    RequestError,
-    Unavailable,
-    to_openai,
-)
+from serve_app.errors import ClientGone, RequestError, every_error, to_openai
 
 DESCRIPTION = (
     "OpenAI-compatible completions. Sign in with `Authorization: Bearer`, "
     "an API key (`cai-…`) or an access token of your company's issuer."
 )
 
-_ERRORS: tuple[type[RequestError], ...] = (
-    InvalidRequest,
-    AuthenticationFailed,
-    PermissionDenied,
-    ModelNotFound,
-    BodyTooLarge,
-    RateLimited,
-    EngineFailed,
-    Unavailable,
-    DeadlineExceeded,
-)
-
-ANSWERS: dict[int | str, dict[str, Any]] = {
-    error.status: {
-        "description": error().message,
-        "content": {"application/json": {"example": to_openai(error())}},
-    }
-    for error in _ERRORS
+_ERROR_REF = {"$ref": "#/components/schemas/Error"}
+_HEADERS: dict[str, dict[str, Any]] = {
+    "X-Request-ID": {
+        "description": "Names the request in the logs and the accounts.",
+        "schema": {"type": "string"},
+    },
+    "Server-Timing": {
+        "description": "Where the time went, in ms.",
+        "schema": {"type": "string"},
+    },
+    "Retry-After": {
+        "description": "Seconds to wait before the next try.",
+        "schema": {"type": "integer", "minimum": 1},
+    },
+    "WWW-Authenticate": {"schema": {"type": "string", "const": "Bearer"}},
 }
+_ALWAYS = ("X-Request-ID", "Server-Timing")
+_MORE_HEADERS = {401: ("WWW-Authenticate",), 429: ("Retry-After",), 503: ("Retry-After",)}
+
+
+def headers(*names: str) -> dict[str, Any]:
+    """Return the headers of an answer as the document describes them."""
+    return {name: _HEADERS[name] for name in (*_ALWAYS, *names)}
+
+
+def _sent_errors() -> list[type[RequestError]]:
+    return [error for error in every_error() if error is not ClientGone]
+
+
+def _refusal(status: int) -> dict[str, Any]:
+    errors = [error for error in _sent_errors() if error.status == status]
+    examples = {str(error.code): {"value": to_openai(error())} for error in errors}
+    return {
+        "description": errors[0]().message,
+        "headers": headers(*_MORE_HEADERS.get(status, ())),
+        "content": {"application/json": {"schema": _ERROR_REF, "examples": examples}},
+    }
+
+
+# Every refusal of the tree, by status.
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    status: _refusal(status) for status in sorted({error.status for error in _sent_errors()})
+}
+
+
+def _error_schema() -> dict[str, Any]:
+    """Return the schema of an OpenAI error object, with the codes of the tree."""
+    inner: dict[str, Any] = {
+        "message": {"type": "string", "minLength": 1},
+        "type": {"type": "string", "enum": sorted({error.type for error in _sent_errors()})},
+        "param": {"type": ["string", "null"]},
+        "code": {"type": "string", "enum": [str(error.code) for error in _sent_errors()]},
+    }
+    error = {
+        "type": "object",
+        "required": list(inner),
+        "properties": inner,
+        "additionalProperties": False,
+    }
+    return {
+        "type": "object",
+        "required": ["error"],
+        "properties": {"error": error},
+        "additionalProperties": False,
+    }
+
+
+def completed(document: dict[str, Any]) -> dict[str, Any]:
+    """Return FastAPI's document with what it cannot know put right.
+
+    The gateway reads requests itself, so FastAPI's own refusal, 422, is never sent.
+    """
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    schemas["Error"] = _error_schema()
+    refusals = {str(status): answer for status, answer in ANSWERS.items()}
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            answers = operation["responses"]
+            if "HTTPValidationError" in str(answers.get("422")):
+                del answers["422"]
+            # Again, because FastAPI drops every null, `param` in the examples among them.
+            for status in answers.keys() & refusals.keys():
+                if _ERROR_REF["$ref"] in str(answers[status]):
+                    answers[status] = refusals[status]
+    return document
+
 
 _FIELDS: dict[str, dict[str, Any]] = {
     "model": {"type": "string", "description": "Name of a model, see `GET /v1/models`."},
@@ -66,6 +123,13 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "seed": {"type": "integer"},
     "stop": {"description": "A text, or up to four."},
 }
+# Beside JSON, which FastAPI names itself.
+_STREAM = {
+    "text/event-stream": {
+        "schema": {"type": "string"},
+        "example": 'data: {"object": "chat.completion.chunk", "choices": []}\n\ndata: [DONE]\n\n',
+    }
+}
 _REQUIRED = {Kind.CHAT: ["model", "messages"], Kind.TEXT: ["model", "prompt"]}
 _EXAMPLES: dict[Kind, dict[str, Any]] = {
     Kind.CHAT: {
@@ -86,5 +150,8 @@ def completion_docs(kind: Kind) -> dict[str, Any]:
     }
     content = {"application/json": {"schema": schema, "example": _EXAMPLES[kind]}}
     return {
-        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+        "openapi_extra": {
+            "requestBody": {"required": True, "content": content},
+            "responses": {"200": {"headers": headers(), "content": _STREAM}},
+        },
     }

@@ -299,6 +299,21 @@ async def test_wrong_method(served: World, http: httpx.AsyncClient, method: str,
     await refused(served, await http.request(method, path), 405, "method_not_allowed")
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("PROPFIND", CHAT, 405, "method_not_allowed"),
+        ("TRACE", "/v1/models", 405, "method_not_allowed"),
+        ("GET", "/docs/assets/nothing.css", 404, "not_found"),
+        ("POST", "/docs/assets/swagger-ui.css", 405, "method_not_allowed"),
+    ],
+)
+async def test_what_the_framework_refuses_by_itself(
+    served: World, http: httpx.AsyncClient, method: str, path: str, status: int, code: str
+) -> None:
+    await refused(served, await http.request(method, path), status, code)
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_body_over_the_limit(chunked: bool) -> None:
     async with world(max_body_bytes=4096) as served, client(served) as http:

@@ -16,10 +16,10 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from typer.main import get_command
 
+from serve_app import error_reference
 from serve_app.cli.app import app as command_line
 from serve_app.completions.body import PARAMETERS
 from serve_app.config import GatewayConfig, LimitPolicy, ModelEntry
-from serve_app.errors import RequestError
 from serve_app.http_app import create_app
 from serve_app.settings import GROUPS
 from serve_app.stack import nginx
@@ -167,20 +167,8 @@ def test_every_variable_that_is_named_exists(page: Path) -> None:
 # Errors.
 
 
-def error_classes(base: type[RequestError] = RequestError) -> Iterator[type[RequestError]]:
-    for error in base.__subclasses__():
-        if error.__module__ == base.__module__:
-            yield error
-            yield from error_classes(error)
-
-
-def test_every_error_is_documented_and_no_other() -> None:
-    classes = {
-        (name.__name__, str(name.status), name.type, str(name.code), name().message)
-        for name in error_classes()
-    }
-    ours = heading(ERRORS, "## What the gateway refuses")
-    assert {tuple(row) for row in rows(ours)} == classes
+def test_the_reference_of_errors_is_up_to_date() -> None:
+    assert error_reference.renewed(ERRORS) == ERRORS, "run `make docs`"
 
 
 def test_every_refusal_of_nginx_is_documented_and_no_other() -> None:

@@ -8,15 +8,17 @@ import pickle
 import pytest
 
 from serve_app import errors
-from serve_app.errors import CompAIError, ConfigError, RateLimited, RequestError, to_openai
-
-
-def _below(parent: type[RequestError]) -> list[type[RequestError]]:
-    return [parent, *(kind for child in parent.__subclasses__() for kind in _below(child))]
-
+from serve_app.errors import (
+    CompAIError,
+    ConfigError,
+    RateLimited,
+    RequestError,
+    every_error,
+    to_openai,
+)
 
 # RequestError itself is never raised.
-KINDS = [kind for kind in _below(RequestError)[1:] if kind.__module__ == errors.__name__]
+KINDS = list(every_error())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -27,6 +29,16 @@ def test_kind_has_status_code_and_its_docstring_as_message(kind: type[RequestErr
     assert error.type.endswith("_error")
     assert error.message == str(error) == inspect.cleandoc(kind.__dict__["__doc__"])
     assert error.message.endswith(".")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kind_says_why_it_comes_and_what_helps(kind: type[RequestError]) -> None:
+    # Its own words: those of its family would not tell it from the others.
+    for name in ("cause", "remedy"):
+        words = kind.__dict__[name]
+        assert words
+        assert not words.endswith(".")
+        assert "|" not in words
 
 
 def test_codes_tell_kinds_apart() -> None:

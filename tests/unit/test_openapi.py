@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from serve_app.completions.body import PARAMETERS, Kind
+from serve_app.errors import ClientGone, every_error, to_openai
 from serve_app.http_app import Check, create_app
 
 
@@ -53,8 +54,24 @@ def test_body_of_a_completion_is_what_is_taken(document: dict[str, Any], kind: K
 def test_refusals_are_documented_in_openai_form(document: dict[str, Any], kind: Kind) -> None:
     answers = document["paths"][kind.value]["post"]["responses"]
     assert {"400", "401", "403", "404", "413", "429", "502", "503", "504"} <= answers.keys()
-    error = answers["429"]["content"]["application/json"]["example"]["error"]
-    assert error.keys() >= {"message", "type", "code"}
+    for status, answer in answers.items():
+        if status != "200":
+            [content] = answer["content"].values()
+            assert content["schema"] == {"$ref": "#/components/schemas/Error"}
+
+
+def test_every_error_that_is_sent_is_in_the_document(document: dict[str, Any]) -> None:
+    sent = [error for error in every_error() if error is not ClientGone]
+    schema = document["components"]["schemas"]["Error"]["properties"]["error"]
+    assert schema["properties"]["code"]["enum"] == [error.code for error in sent]
+    answers = document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    for error in sent:
+        content = answers[str(error.status)]["content"]["application/json"]
+        assert content["examples"][error.code]["value"] == to_openai(error())
+
+
+def test_no_answer_is_documented_that_is_never_sent(document: dict[str, Any]) -> None:
+    assert "HTTPValidationError" not in str(document)
 
 
 def test_only_what_a_client_may_call_is_documented(document: dict[str, Any]) -> None:
