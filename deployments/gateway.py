@@ -18,7 +18,7 @@ from deployments.request_log import RequestLog, RequestLogOptions
 from deployments.seams import RayLimitKeeper, RayModelPool, RayRecordSink
 from serve_app.completions import gateway
 from serve_app.completions.body import Defaults
-from serve_app.completions.call import Parts
+from serve_app.completions.parts import Parts
 from serve_app.completions.upstream import new_session
 from serve_app.config import GatewayConfig, parse_config
 from serve_app.errors import ConfigError

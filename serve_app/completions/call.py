@@ -9,109 +9,32 @@ byte once the record is safe.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import aiohttp
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.types import Send
 
-from serve_app.completions.body import (
-    Ask,
-    Defaults,
-    Kind,
-    find_model,
-    govern,
-    model_name,
-    parse_object,
-)
+from serve_app.completions.attempt import Attempt
+from serve_app.completions.body import Ask, Kind, find_model, govern, model_name, parse_object
 from serve_app.completions.exchange import Exchange
+from serve_app.completions.finishing import Finishing
+from serve_app.completions.parts import Document, Download, Handler, OnBehalf, Parts, Spawn
 from serve_app.completions.reply import Reply
-from serve_app.completions.sse import (
-    DONE,
-    StreamReader,
-    error_frame,
-    read_finish_reason,
-    read_object,
-    read_usage,
-)
-from serve_app.completions.upstream import Upstream, engine_error
-from serve_app.config import Bodies, Durability, GatewayConfig, Standing
-from serve_app.contracts import LeaseHint, LimitKeeper, ModelPool, RecordSink
+from serve_app.completions.sse import DONE, error_frame
+from serve_app.config import Bodies, GatewayConfig, Standing
+from serve_app.contracts import LeaseHint
 from serve_app.errors import (
     BodyTooLarge,
     ClientGone,
     DeadlineExceeded,
-    EngineFailed,
-    InternalError,
-    LogUnavailable,
     ModelNotReady,
     RequestError,
     to_openai,
 )
-from serve_app.identity.principal import Authenticator, Permission, Principal
-from serve_app.lazy_pool import LazyPool
-from serve_app.metrics import GatewayMetrics
-from serve_app.records import RequestRecord
-from serve_app.request_line import RequestLines
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """An answer that no model makes."""
-
-    body: bytes
-    media_type: str = "application/json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Download:
-    """An answer that no model makes, part by part; the parts have `size_bytes` together."""
-
-    parts: AsyncIterator[bytes]
-    size_bytes: int
-    media_type: str = "application/octet-stream"
-
-
-# Answers a signed-in caller; the request is there for its body and its query.
-Handler = Callable[[Principal, Request], Awaitable[Document | Download]]
-
-# Starts a task that outlives the call and that the gateway waits for when it closes.
-Spawn = Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]
-
-_OTHER_MODEL = "(other)"
-_NO_MODEL = "(none)"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """What a gateway is made of; the seams are in `serve_app.contracts`."""
-
-    authenticator: Authenticator
-    limits: LimitKeeper
-    models: ModelPool
-    log: RecordSink
-    metrics: GatewayMetrics
-    lines: RequestLines
-    session: aiohttp.ClientSession
-    # For what is kept between requests; the credentials have a pool of their own.
-    database: LazyPool
-    defaults: Defaults
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OnBehalf:
-    """Who a request is made for by the gateway itself, and how it stands among others."""
-
-    principal: Principal
-    standing: Standing
+from serve_app.identity.principal import Permission, Principal
 
 
 class Call:
@@ -129,20 +52,18 @@ class Call:
     ) -> None:
         self._config = config
         self._parts = parts
-        self._spawn = spawn
         self._request = request
         self._on_behalf = on_behalf
         self._reply = Reply(send)
-        self._upstream: Upstream | None = None
-        self._reader: StreamReader | None = None
-        self._whole = b""
-        self._media_type = "application/json"
+        self._attempts: list[Attempt] = []
+        self._answer = Document(b"")
         self._body_read = asyncio.Event()
         self.exchange = Exchange(
             route=route,
             request_id=request.headers.get("x-request-id", ""),
             client_address=_client_address(request),
         )
+        self._finishing = Finishing(config, parts, spawn, self.exchange)
 
     # The way there.
 
@@ -152,8 +73,8 @@ class Call:
             principal = await self._authenticate()
             ask = await self._authorize(kind, principal)
             await self._reserve(principal)
-            upstream = await self._lease(principal, ask)
-            await self._relay(upstream, ask)
+            attempt = await self._lease(principal, ask)
+            await self._relay(attempt, ask)
 
     async def document(self, handler: Handler) -> None:
         """Answer a signed-in caller where no model is needed."""
@@ -164,7 +85,7 @@ class Call:
             if isinstance(answer, Download):
                 await self._send_parts(answer)
             else:
-                self._whole, self._media_type = answer.body, answer.media_type
+                self._answer = answer
 
     async def refuse(self, error: RequestError) -> NoReturn:
         """Fail with `error`, after having seen who asks."""
@@ -225,7 +146,7 @@ class Call:
         finally:
             exchange.timings.limits_s = time.perf_counter() - begun_s
 
-    async def _lease(self, principal: Principal, ask: Ask) -> Upstream:
+    async def _lease(self, principal: Principal, ask: Ask) -> Attempt:
         exchange = self.exchange
         hint = LeaseHint(
             request_id=exchange.id.hex,
@@ -244,35 +165,18 @@ class Call:
             ) from None
         finally:
             exchange.timings.queue_s = time.perf_counter() - begun_s
-        self._upstream = Upstream(self._parts.session, exchange.lease.grant)
-        return self._upstream
+        keep = self._config.bodies is Bodies.FULL
+        attempt = Attempt(ask, exchange.lease, self._parts.session, exchange, keep_answer=keep)
+        self._attempts.append(attempt)
+        return attempt
 
-    async def _relay(self, upstream: Upstream, ask: Ask) -> None:
-        if ask.stream:
-            self._reader = StreamReader(wants_usage=ask.wants_usage)
-        await upstream.open(ask, self.exchange.id.hex)
-        if self._reader is not None:
-            await self._relay_stream(upstream, self._reader)
-        else:
-            self._whole = await upstream.whole()
-            self.exchange.token_arrived()
-
-    async def _relay_stream(self, upstream: Upstream, reader: StreamReader) -> None:
-        async for chunk in upstream.chunks():
-            if data := self._read(reader, chunk):
-                await self._pass_on(data)
-            if (error := reader.error) is not None:
-                raise engine_error(error.status, error.message)
-        if not reader.done:
-            raise EngineFailed
-
-    def _read(self, reader: StreamReader, chunk: bytes) -> bytes:
-        data = reader.feed(chunk)
-        if data:
-            self.exchange.token_arrived()
-            if self._config.bodies is Bodies.FULL:
-                self.exchange.answer += data
-        return data
+    async def _relay(self, attempt: Attempt, ask: Ask) -> None:
+        await attempt.open()
+        if not ask.stream:
+            self._answer = Document(await attempt.whole())
+            return
+        async for data in attempt.stream():
+            await self._pass_on(data)
 
     async def _pass_on(self, data: bytes) -> None:
         if not self._reply.opened:
@@ -286,8 +190,8 @@ class Call:
         headers = {"content-type": download.media_type, "content-length": size}
         await self._reply.open(headers | self._headers())
         async for part in download.parts:
-            await self._reply.write(self._whole)
-            self._whole = part
+            await self._reply.write(self._answer.body)
+            self._answer = Document(part)
 
     # Watching the client meanwhile.
 
@@ -310,10 +214,8 @@ class Call:
     async def finish(self, serving: asyncio.Task[None]) -> None:
         """Undo each step and record the request, once `serving` has ended. Never raises."""
         await asyncio.wait([serving])
-        self._note_end(serving)
-        await self._stop_engine()
-        self._read_accounts()
-        await asyncio.gather(self._settle(), self._record())
+        self._finishing.note_end(serving)
+        await self._finishing.run(self._attempts)
 
     async def end(self) -> None:
         """Send what is left to send: the last byte, or the error."""
@@ -322,7 +224,7 @@ class Call:
             return
         if self._reply.opened and not self.exchange.stream:
             # Less than the length that was announced, so that a cut download is seen as one.
-            await self._reply.end_stream(b"" if error else self._whole)
+            await self._reply.end_stream(b"" if error else self._answer.body)
         elif error is not None and self._reply.opened:
             await self._reply.end_stream(error_frame(to_openai(error)))
         elif error is not None:
@@ -333,83 +235,7 @@ class Call:
             await self._reply.end_stream(DONE)
         else:
             headers = self._headers(self.exchange.elapsed_s)
-            await self._reply.whole(self._whole, headers, self._media_type)
-
-    def _note_end(self, serving: asyncio.Task[None]) -> None:
-        if serving.cancelled():
-            self.exchange.fail(ClientGone())
-            return
-        error = serving.exception()
-        if isinstance(error, ClientDisconnect):
-            self.exchange.fail(ClientGone())
-        elif isinstance(error, RequestError):
-            self.exchange.fail(error)
-        elif error is not None:
-            # Its message could quote a prompt, so only its type and place are logged.
-            place = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("request failed: %s\n%s", type(error).__name__, place)
-            self.exchange.fail(InternalError())
-
-    async def _stop_engine(self) -> None:
-        upstream, lease = self._upstream, self.exchange.lease
-        if upstream is not None:
-            if upstream.answering:
-                await self._cut_short(upstream)
-            upstream.close()
-        if lease is not None:
-            lease.close()
-
-    async def _cut_short(self, upstream: Upstream) -> None:
-        rest = asyncio.create_task(self._read_rest(upstream), name="read-rest")
-        await upstream.abort_until(rest)
-        rest.cancel()
-        await asyncio.wait([rest])
-
-    async def _read_rest(self, upstream: Upstream) -> None:
-        try:
-            if self._reader is None:
-                self._whole = await upstream.whole()
-            else:
-                async for chunk in upstream.chunks():
-                    self._read(self._reader, chunk)
-        except RequestError:
-            # The engine is gone too: the accounts keep what was seen until here.
-            return
-
-    def _read_accounts(self) -> None:
-        exchange = self.exchange
-        if self._reader is not None:
-            exchange.usage = self._reader.usage
-            exchange.finish_reason = self._reader.finish_reason
-            exchange.frames = self._reader.frames
-        elif self._upstream is not None and self._whole:
-            body = read_object(self._whole)
-            exchange.usage = read_usage(body)
-            exchange.finish_reason = read_finish_reason(body)
-            exchange.answer += self._whole
-
-    async def _settle(self) -> None:
-        if self.exchange.reserving:
-            await self._parts.limits.settle(self.exchange.id)
-
-    async def _record(self) -> None:
-        record = self.exchange.record(self._config.bodies)
-        if self._config.durability is Durability.ASYNC:
-            self._spawn(self._append(record))
-        elif not await self._append(record):
-            self.exchange.fail(LogUnavailable())
-            record = self.exchange.record(self._config.bodies)
-        self._parts.metrics.request_finished(record, self._model_label())
-        self._parts.lines.write(record, self._model_label())
-
-    async def _append(self, record: RequestRecord) -> bool:
-        try:
-            async with asyncio.timeout(self._config.record_timeout_s):
-                await self._parts.log.append(record)
-        except (RequestError, TimeoutError):
-            logger.error("request %s was not recorded", record.id)
-            return False
-        return True
+            await self._reply.whole(self._answer.body, headers, self._answer.media_type)
 
     # Small things.
 
@@ -430,12 +256,6 @@ class Call:
 
     def _headers(self, total_s: float | None = None) -> dict[str, str]:
         return {"server-timing": self.exchange.timings.server_timing(total_s)}
-
-    def _model_label(self) -> str:
-        name = self.exchange.model
-        if name is None:
-            return _NO_MODEL
-        return name if self._config.model(name) is not None else _OTHER_MODEL
 
 
 def _client_address(request: Request) -> str | None:

@@ -12,8 +12,9 @@ from starlette.requests import Request
 from starlette.types import Send
 
 from serve_app.completions.body import Kind, find_model
-from serve_app.completions.call import Call, Document, Handler, OnBehalf, Parts
+from serve_app.completions.call import Call
 from serve_app.completions.collected import Answered, Collected
+from serve_app.completions.parts import Document, Handler, OnBehalf, Parts
 from serve_app.config import GatewayConfig, ModelEntry
 from serve_app.errors import RequestError
 from serve_app.identity.principal import Principal

@@ -20,8 +20,8 @@ import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.completions.body import Defaults
-from serve_app.completions.call import Parts
 from serve_app.completions.gateway import Gateway
+from serve_app.completions.parts import Parts
 from serve_app.completions.upstream import new_session
 from serve_app.config import GatewayConfig, LimitPolicy, ModelEntry
 from serve_app.contracts import Lease, LeaseGrant, LeaseHint, ReservationRequest

@@ -10,7 +10,7 @@ import pytest
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app.completions.call import Download
+from serve_app.completions.parts import Download
 from serve_app.errors import StoreUnavailable
 from serve_app.identity.principal import Principal
 from serve_app.records import Outcome

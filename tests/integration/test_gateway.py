@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -24,7 +25,7 @@ from serve_app.errors import (
     ModelOverloaded,
     RequestError,
 )
-from serve_app.records import Outcome
+from serve_app.records import Outcome, RequestRecord
 from tests.integration.fakes import (
     AUTHORIZATION,
     KEY,
@@ -641,3 +642,58 @@ async def test_bytes_of_the_engine_are_relayed_untouched() -> None:
     async with world(engine_app=app) as served, client(served) as http:
         response = await http.post(TEXT, json=ask(TEXT, stream=True))
         assert response.content == frames + b"data: [DONE]\n\n"
+
+
+# What fails on the way back does not take the answer along.
+
+
+class _Broken:
+    def __init__(self, error: Exception) -> None:
+        self.asked = 0
+        self._error = error
+
+    def request_finished(self, record: RequestRecord, model_label: str) -> None:
+        self.asked += 1
+        raise self._error
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_metrics_that_fail_do_not_take_the_answer_along(
+    served: World, http: httpx.AsyncClient, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = _Broken(ZeroDivisionError("PROMPT-TEXT"))
+    served.gateway.parts = replace(served.gateway.parts, metrics=broken)
+    response = await http.post(TEXT, json=ask(TEXT, "PROMPT-TEXT", stream=stream))
+    assert response.status_code == 200
+    assert ("[DONE]" in response.text) is stream
+    assert (await served.the_record()).outcome is Outcome.COMPLETED
+    assert broken.asked == 1
+    assert "ZeroDivisionError" in caplog.text
+    assert "PROMPT-TEXT" not in caplog.text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_limits_that_fail_to_settle_do_not_take_the_answer_along(
+    served: World, http: httpx.AsyncClient, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def settle(reservation_id: object) -> None:
+        raise ZeroDivisionError
+
+    served.limits.settle = settle  # type: ignore[method-assign]
+    response = await http.post(TEXT, json=ask(TEXT, stream=stream))
+    assert response.status_code == 200
+    assert [row.outcome for row in served.records] == [Outcome.COMPLETED]
+    assert "settle of request" in caplog.text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_log_with_a_bug_withholds_the_answer(
+    served: World, http: httpx.AsyncClient, stream: bool
+) -> None:
+    served.log.error = ZeroDivisionError()
+    response = await http.post(TEXT, json=ask(TEXT, stream=stream))
+    assert response.status_code == (200 if stream else 503)
+    assert "request_log_unavailable" in response.text
+    assert "[DONE]" not in response.text
+    assert served.limits.book.held("user-1") == 0
+    await until(lambda: served.replica.counters.live_leases == 0)

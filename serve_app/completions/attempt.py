@@ -1,0 +1,121 @@
+"""One try at one replica: the answer as it comes in, and what it cost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import aiohttp
+
+from serve_app.completions.body import Ask
+from serve_app.completions.exchange import Exchange
+from serve_app.completions.sse import (
+    StreamReader,
+    read_finish_reason,
+    read_object,
+    read_usage,
+)
+from serve_app.completions.upstream import Upstream, engine_error
+from serve_app.contracts import Lease
+from serve_app.errors import EngineFailed, RequestError
+
+
+class Attempt:
+    """Holds a lease, asks its replica, and gives the lease back when it is stopped."""
+
+    def __init__(
+        self,
+        ask: Ask,
+        lease: Lease,
+        session: aiohttp.ClientSession,
+        exchange: Exchange,
+        *,
+        keep_answer: bool,
+    ) -> None:
+        self._lease = lease
+        self._ask = ask
+        self._exchange = exchange
+        self._upstream = Upstream(session, lease.grant)
+        self._reader = StreamReader(wants_usage=ask.wants_usage) if ask.stream else None
+        self._keep_answer = keep_answer
+        self._whole = b""
+        self._answer = bytearray()
+
+    async def open(self) -> None:
+        """Ask, and wait for the status of the answer.
+
+        Raises:
+            InvalidRequest: the engine refused the request; carries its words.
+            EngineFailed: the replica cannot be reached or failed.
+        """
+        await self._upstream.open(self._ask, self._exchange.id.hex)
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Yield what goes to the client, whole frames only, without the closing `[DONE]`.
+
+        Raises:
+            InvalidRequest: the engine refused the request in its stream.
+            EngineFailed: the stream broke off.
+        """
+        assert self._reader is not None
+        async for chunk in self._upstream.chunks():
+            if data := self._read(self._reader, chunk):
+                yield data
+            if (error := self._reader.error) is not None:
+                raise engine_error(error.status, error.message)
+        if not self._reader.done:
+            raise EngineFailed
+
+    async def whole(self) -> bytes:
+        """Return the answer to a request that is not streamed. Raises EngineFailed."""
+        self._whole = await self._upstream.whole()
+        self._exchange.token_arrived()
+        return self._whole
+
+    def _read(self, reader: StreamReader, chunk: bytes) -> bytes:
+        data = reader.feed(chunk)
+        if data:
+            self._exchange.token_arrived()
+            if self._keep_answer:
+                self._answer += data
+        return data
+
+    async def stop(self) -> None:
+        """End what still runs, so that it tells its usage, and give the lease back."""
+        try:
+            if self._upstream.answering:
+                await self._cut_short()
+            self._upstream.close()
+        finally:
+            self._lease.close()
+
+    async def _cut_short(self) -> None:
+        rest = asyncio.create_task(self._read_rest(), name="read-rest")
+        await self._upstream.abort_until(rest)
+        rest.cancel()
+        await asyncio.wait([rest])
+
+    async def _read_rest(self) -> None:
+        try:
+            if self._reader is None:
+                self._whole = await self._upstream.whole()
+            else:
+                async for chunk in self._upstream.chunks():
+                    self._read(self._reader, chunk)
+        except RequestError:
+            # The engine is gone too: the accounts keep what was seen until here.
+            return
+
+    def account(self) -> None:
+        """Note in the exchange what the engine said that it did."""
+        exchange = self._exchange
+        if self._reader is not None:
+            exchange.usage = self._reader.usage
+            exchange.finish_reason = self._reader.finish_reason
+            exchange.frames = self._reader.frames
+            exchange.answer = self._answer
+        elif self._whole:
+            body = read_object(self._whole)
+            exchange.usage = read_usage(body)
+            exchange.finish_reason = read_finish_reason(body)
+            exchange.answer = bytearray(self._whole)

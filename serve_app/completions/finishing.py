@@ -1,0 +1,131 @@
+"""The way back of a request: what was taken is given back, and the request is recorded.
+
+Each step is tried whatever becomes of the others. Only the record decides over the answer:
+where it is not safe, the client does not get the last byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import traceback
+from collections.abc import Sequence
+
+from starlette.requests import ClientDisconnect
+
+from serve_app.completions.attempt import Attempt
+from serve_app.completions.exchange import Exchange
+from serve_app.completions.parts import Parts, Spawn
+from serve_app.config import Durability, GatewayConfig
+from serve_app.errors import ClientGone, InternalError, LogUnavailable, RequestError
+from serve_app.records import RequestRecord
+
+logger = logging.getLogger(__name__)
+
+_OTHER_MODEL = "(other)"
+_NO_MODEL = "(none)"
+
+
+class Finishing:
+    """Undoes the steps of one request and records it."""
+
+    def __init__(
+        self, config: GatewayConfig, parts: Parts, spawn: Spawn, exchange: Exchange
+    ) -> None:
+        self._config = config
+        self._parts = parts
+        self._spawn = spawn
+        self._exchange = exchange
+
+    def note_end(self, serving: asyncio.Task[None]) -> None:
+        """Note how `serving`, which is done, came to its end."""
+        if serving.cancelled():
+            self._exchange.fail(ClientGone())
+            return
+        error = serving.exception()
+        if isinstance(error, ClientDisconnect):
+            self._exchange.fail(ClientGone())
+        elif isinstance(error, RequestError):
+            self._exchange.fail(error)
+        elif error is not None:
+            _log_failure("request", error)
+            self._exchange.fail(InternalError())
+
+    async def run(self, attempts: Sequence[Attempt]) -> None:
+        """Stop the engine, settle and record. Never raises."""
+        for attempt in attempts:
+            with self._tried("stop"):
+                await attempt.stop()
+            with self._tried("account"):
+                attempt.account()
+        await asyncio.gather(self._settle(), self._record())
+
+    async def _settle(self) -> None:
+        if self._exchange.reserving:
+            with self._tried("settle"):
+                await self._parts.limits.settle(self._exchange.id)
+
+    async def _record(self) -> None:
+        record: RequestRecord | None = None
+        with self._tried("record"):
+            record = self._exchange.record(self._config.bodies)
+        if record is None:
+            self._exchange.fail(InternalError())
+            return
+        if self._config.durability is Durability.ASYNC:
+            self._spawn(self._append(record))
+        elif not await self._append(record):
+            self._exchange.fail(LogUnavailable())
+            record = self._exchange.record(self._config.bodies)
+        self._report(record)
+
+    async def _append(self, record: RequestRecord) -> bool:
+        with self._tried("append"):
+            try:
+                async with asyncio.timeout(self._config.record_timeout_s):
+                    await self._parts.log.append(record)
+            except (RequestError, TimeoutError):
+                logger.error("request %s was not recorded", record.id)
+                return False
+            return True
+        return False
+
+    def _report(self, record: RequestRecord) -> None:
+        label = self._model_label()
+        with self._tried("metrics"):
+            self._parts.metrics.request_finished(record, label)
+        with self._tried("request line"):
+            self._parts.lines.write(record, label)
+
+    def _model_label(self) -> str:
+        name = self._exchange.model
+        if name is None:
+            return _NO_MODEL
+        return name if self._config.model(name) is not None else _OTHER_MODEL
+
+    def _tried(self, step: str) -> _Tried:
+        return _Tried(f"{step} of request {self._exchange.id}")
+
+
+class _Tried:
+    """Logs a failure inside its block and lets the work go on after it."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: object
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        _log_failure(self._what, error)
+        return True
+
+
+def _log_failure(what: str, error: BaseException) -> None:
+    # Its message could quote a prompt, so only its type and place are logged.
+    place = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("%s failed: %s\n%s", what, type(error).__name__, place)

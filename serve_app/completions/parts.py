@@ -1,0 +1,67 @@
+"""What a gateway is made of, and the words that its parts share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from starlette.requests import Request
+
+from serve_app.completions.body import Defaults
+from serve_app.config import Standing
+from serve_app.contracts import LimitKeeper, ModelPool, RecordSink
+from serve_app.identity.principal import Authenticator, Principal
+from serve_app.lazy_pool import LazyPool
+from serve_app.metrics import GatewayMetrics
+from serve_app.request_line import RequestLines
+
+# Starts a task that outlives the call and that the gateway waits for when it closes.
+Spawn = Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """An answer that no model makes."""
+
+    body: bytes
+    media_type: str = "application/json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Download:
+    """An answer that no model makes, part by part; the parts have `size_bytes` together."""
+
+    parts: AsyncIterator[bytes]
+    size_bytes: int
+    media_type: str = "application/octet-stream"
+
+
+# Answers a signed-in caller; the request is there for its body and its query.
+Handler = Callable[[Principal, Request], Awaitable[Document | Download]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a gateway is made of; the seams are in `serve_app.contracts`."""
+
+    authenticator: Authenticator
+    limits: LimitKeeper
+    models: ModelPool
+    log: RecordSink
+    metrics: GatewayMetrics
+    lines: RequestLines
+    session: aiohttp.ClientSession
+    # For what is kept between requests; the credentials have a pool of their own.
+    database: LazyPool
+    defaults: Defaults
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnBehalf:
+    """Who a request is made for by the gateway itself, and how it stands among others."""
+
+    principal: Principal
+    standing: Standing
