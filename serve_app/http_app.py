@@ -9,34 +9,18 @@ from importlib import resources
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path
-from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match
 
 from serve_app.completions.body import Kind
-from serve_app.errors import (
-    BodyTooLarge,
-    InternalError,
-    InvalidRequest,
-    MethodNotAllowed,
-    NotFound,
-    RequestError,
-    to_openai,
-)
 from serve_app.openapi import DESCRIPTION, completed, completion_docs
-from serve_app.routing import SIGNED_IN, Answer, Direct, GetGateway
+from serve_app.refusals import add_refusals
+from serve_app.routing import SIGNED_IN, Direct, GetGateway
 
 _READY_TIMEOUT_S = 5.0
-_FRAMEWORK: dict[int, type[RequestError]] = {
-    404: NotFound,
-    405: MethodNotAllowed,
-    413: BodyTooLarge,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +48,7 @@ def create_app(gateway: GetGateway, checks: Callable[[], list[Check]]) -> FastAP
     _add_models(app, gateway)
     _add_health(app, checks)
     _add_docs(app)
-    _add_refusals(app, gateway)
-    _add_last_resort(app, gateway)
+    add_refusals(app, gateway)
     return app
 
 
@@ -144,52 +127,3 @@ def _add_docs(app: FastAPI) -> None:
             swagger_css_url="docs/assets/swagger-ui.css",
             swagger_favicon_url="docs/assets/favicon.png",
         )
-
-
-def _add_last_resort(app: FastAPI, gateway: GetGateway) -> None:
-    # What the framework refuses by itself, such as a method that no route has.
-    async def refused(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return Direct(
-            request, _refusal(gateway, _FRAMEWORK.get(error.status_code, InvalidRequest)())
-        )
-
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        name = str(first["loc"][-1])
-        return Direct(
-            request, _refusal(gateway, InvalidRequest(f"`{name}`: {first['msg']}.", param=name))
-        )
-
-    # Only for what is a bug: every failure that is foreseen is answered by the gateway.
-    async def internal_error(_request: Request, _error: Exception) -> JSONResponse:
-        error = InternalError()
-        return JSONResponse(to_openai(error), status_code=error.status)
-
-    app.add_exception_handler(HTTPException, refused)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(Exception, internal_error)
-
-
-def _refusal(gateway: GetGateway, error: RequestError) -> Answer:
-    return lambda request, send: gateway().refuse(error, "other", request, send)
-
-
-def _add_refusals(app: FastAPI, gateway: GetGateway) -> None:
-    known = list(app.routes)
-
-    async def too_large(request: Request) -> Response:
-        # nginx sends here, without its body, a request that is over nginx's own limit.
-        return Direct(request, _refusal(gateway, BodyTooLarge()))
-
-    async def unknown(request: Request) -> Response:
-        # A partial match is one of the path alone.
-        known_path = any(route.matches(request.scope)[0] is Match.PARTIAL for route in known)
-        error = MethodNotAllowed() if known_path else NotFound()
-        return Direct(request, _refusal(gateway, error))
-
-    methods: list[str] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
-    options: dict[str, Any] = {"methods": methods, "include_in_schema": False}
-    app.add_api_route("/-/refused/413", too_large, **options)
-    app.add_api_route("/{path:path}", unknown, **options)

@@ -26,10 +26,16 @@ _HEADERS: dict[str, dict[str, Any]] = {
         "description": "Seconds to wait before the next try.",
         "schema": {"type": "integer", "minimum": 1},
     },
+    "Allow": {"schema": {"type": "string"}},
     "WWW-Authenticate": {"schema": {"type": "string", "const": "Bearer"}},
 }
 _ALWAYS = ("X-Request-ID", "Server-Timing")
-_MORE_HEADERS = {401: ("WWW-Authenticate",), 429: ("Retry-After",), 503: ("Retry-After",)}
+_MORE_HEADERS = {
+    401: ("WWW-Authenticate",),
+    405: ("Allow",),
+    429: ("Retry-After",),
+    503: ("Retry-After",),
+}
 
 
 def headers(*names: str) -> dict[str, Any]:

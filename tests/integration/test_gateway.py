@@ -297,7 +297,9 @@ async def test_unknown_path(served: World, headers: dict[str, str]) -> None:
     ("method", "path"), [("GET", CHAT), ("DELETE", "/v1/models"), ("POST", "/v1/models/small")]
 )
 async def test_wrong_method(served: World, http: httpx.AsyncClient, method: str, path: str) -> None:
-    await refused(served, await http.request(method, path), 405, "method_not_allowed")
+    response = await http.request(method, path)
+    await refused(served, response, 405, "method_not_allowed")
+    assert response.headers["allow"] == ("POST" if path == CHAT else "GET")
 
 
 @pytest.mark.parametrize(
@@ -312,7 +314,9 @@ async def test_wrong_method(served: World, http: httpx.AsyncClient, method: str,
 async def test_what_the_framework_refuses_by_itself(
     served: World, http: httpx.AsyncClient, method: str, path: str, status: int, code: str
 ) -> None:
-    await refused(served, await http.request(method, path), status, code)
+    response = await http.request(method, path)
+    await refused(served, response, status, code)
+    assert ("allow" in response.headers) == (status == 405)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
