@@ -39,6 +39,14 @@ class Durability(enum.StrEnum):
     ASYNC = "async"
 
 
+class Task(enum.StrEnum):
+    """What a model is for."""
+
+    GENERATE = "generate"
+    EMBED = "embed"
+    SCORE = "score"
+
+
 class LimitPolicy(_Config):
     """What one principal may use. None is no limit."""
 
@@ -112,6 +120,11 @@ class ModelEntry(_Config):
 
     name: Name = Field(description="Name that clients send as `model`.")
     app: Name = Field(description="Serve application that serves it.")
+    task: Task = Field(
+        default=Task.GENERATE,
+        description="What it is for: generate (chat and text), embed (embeddings, rerank and "
+        "score) or score (rerank and score).",
+    )
     max_tokens: int | None = Field(
         default=None,
         ge=1,

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from serve_app import fake_pooling
 from serve_app.engine_counters import EngineCounters
 
 _DIRECTIVE = re.compile(r"\[\[(drop_after|stall_after|error)=(\d+)\]\]")
@@ -53,6 +54,11 @@ class FakeEngine:
             routes=[
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._completion, methods=["POST"]),
+                Route("/v1/embeddings", self._embeddings, methods=["POST"]),
+                Route("/rerank", self._rerank, methods=["POST"]),
+                Route("/score", self._score, methods=["POST"]),
+                Route("/tokenize", self._tokenize, methods=["POST"]),
+                Route("/detokenize", self._detokenize, methods=["POST"]),
             ]
         )
 
@@ -79,6 +85,49 @@ class FakeEngine:
     async def _completion(self, request: Request) -> Response:
         body = orjson.loads(await request.body())
         return await self._answer(request, body, str(body["prompt"]), _TextShape(body["model"]))
+
+    async def _embeddings(self, request: Request) -> Response:
+        body = orjson.loads(await request.body())
+        texts = fake_pooling.texts_of(body["input"])
+        return await self._pooled(request, texts, fake_pooling.embeddings(body, texts))
+
+    async def _rerank(self, request: Request) -> Response:
+        body = orjson.loads(await request.body())
+        pairs = [(str(body["query"]), text) for text in fake_pooling.texts_of(body["documents"])]
+        texts = [" ".join(pair) for pair in pairs]
+        return await self._pooled(request, texts, fake_pooling.ranking(body, pairs))
+
+    async def _score(self, request: Request) -> Response:
+        body = orjson.loads(await request.body())
+        pairs = fake_pooling.score_pairs(body)
+        texts = [" ".join(pair) for pair in pairs]
+        return await self._pooled(request, texts, fake_pooling.scores(body, pairs))
+
+    async def _pooled(self, request: Request, texts: list[str], answer: Any) -> Response:
+        """Answer after the time to first token, and count the prompts with the answer."""
+        directives = dict(_DIRECTIVE.findall(" ".join(texts)))
+        if (status := directives.get("error")) is not None:
+            return JSONResponse({"error": {"message": "told to fail"}}, int(status))
+        request_id = request.headers.get("x-request-id", "")
+        aborted = self._aborted[request_id] = asyncio.Event()
+        stalled = "stall_after" in directives
+        due = asyncio.get_running_loop().time() + self._config.time_to_first_token_s
+        try:
+            await _happened_before(aborted, float("inf") if stalled else due)
+        finally:
+            del self._aborted[request_id]
+        self._prompt_tokens += fake_pooling.count(texts)
+        return JSONResponse(answer)
+
+    async def _tokenize(self, request: Request) -> Response:
+        body = orjson.loads(await request.body())
+        messages = body.get("messages") or []
+        text = body.get("prompt") or " ".join(str(message.get("content")) for message in messages)
+        return JSONResponse(fake_pooling.tokens(text))
+
+    async def _detokenize(self, request: Request) -> Response:
+        body = orjson.loads(await request.body())
+        return JSONResponse({"prompt": " ".join(f"w{token}" for token in body["tokens"])})
 
     async def _answer(
         self, request: Request, body: dict[str, Any], prompt: str, shape: _Shape

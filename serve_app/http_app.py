@@ -15,7 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve_app.completions.body import Kind
+from serve_app.completions.kinds import Kind
 from serve_app.openapi import DESCRIPTION, completed, completion_docs
 from serve_app.refusals import add_refusals
 from serve_app.routing import SIGNED_IN, Direct, GetGateway
@@ -53,25 +53,25 @@ def create_app(gateway: GetGateway, checks: Callable[[], list[Check]]) -> FastAP
 
 
 def _add_completions(app: FastAPI, gateway: GetGateway) -> None:
-    @app.post(
-        "/v1/chat/completions",
-        tags=["completions"],
-        **completion_docs(Kind.CHAT),
-        **SIGNED_IN,
-    )
-    async def create_chat_completion(request: Request) -> Response:
-        """Answer a conversation."""
-        return Direct(request, lambda r, send: gateway().complete(Kind.CHAT, r, send))
+    for kind in Kind:
+        for address in kind.endpoint.addresses:
+            app.add_api_route(
+                address,
+                _complete(kind, gateway),
+                methods=["POST"],
+                tags=["completions"],
+                # The other addresses are the same endpoint, so the document names one.
+                include_in_schema=address == kind.endpoint.addresses[0],
+                **completion_docs(kind),
+                **SIGNED_IN,
+            )
 
-    @app.post(
-        "/v1/completions",
-        tags=["completions"],
-        **completion_docs(Kind.TEXT),
-        **SIGNED_IN,
-    )
-    async def create_completion(request: Request) -> Response:
-        """Continue a text."""
-        return Direct(request, lambda r, send: gateway().complete(Kind.TEXT, r, send))
+
+def _complete(kind: Kind, gateway: GetGateway) -> Callable[[Request], Awaitable[Response]]:
+    async def complete(request: Request) -> Response:
+        return Direct(request, lambda r, send: gateway().complete(kind, r, send))
+
+    return complete
 
 
 def _add_models(app: FastAPI, gateway: GetGateway) -> None:

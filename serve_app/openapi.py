@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve_app.completions.body import PARAMETERS, Kind
+from serve_app.completions.kinds import Kind
 from serve_app.errors import ClientGone, RequestError, every_error, to_openai
 
 DESCRIPTION = (
@@ -107,6 +107,7 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
+_TEXTS = {"description": "A text, or a list of texts."}
 _FIELDS: dict[str, dict[str, Any]] = {
     "model": {"type": "string", "description": "Name of a model, see `GET /v1/models`."},
     "messages": {
@@ -128,6 +129,17 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "n": {"type": "integer", "minimum": 1},
     "seed": {"type": "integer"},
     "stop": {"description": "A text, or up to four."},
+    "input": _TEXTS,
+    "dimensions": {"type": "integer", "minimum": 1},
+    "encoding_format": {"enum": ["float", "base64"]},
+    "query": {"type": "string", "description": "What the documents are held against."},
+    "documents": _TEXTS,
+    "top_n": {"type": "integer", "minimum": 0, "description": "How many to return; 0 is all."},
+    "text_1": _TEXTS,
+    "text_2": _TEXTS,
+    "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+    "add_special_tokens": {"type": "boolean"},
+    "return_token_strs": {"type": "boolean"},
 }
 # Beside JSON, which FastAPI names itself.
 _STREAM = {
@@ -136,28 +148,53 @@ _STREAM = {
         "example": 'data: {"object": "chat.completion.chunk", "choices": []}\n\ndata: [DONE]\n\n',
     }
 }
-_REQUIRED = {Kind.CHAT: ["model", "messages"], Kind.TEXT: ["model", "prompt"]}
+_OF_KIND: dict[Kind, dict[str, dict[str, Any]]] = {
+    Kind.TOKENIZE: {"prompt": {"type": "string", "description": "A text; or name `messages`."}}
+}
+_REQUIRED: dict[Kind, list[str]] = {
+    Kind.CHAT: ["model", "messages"],
+    Kind.TEXT: ["model", "prompt"],
+    Kind.EMBEDDINGS: ["model", "input"],
+    Kind.RERANK: ["model", "query", "documents"],
+    Kind.SCORE: ["model"],
+    Kind.TOKENIZE: ["model"],
+    Kind.DETOKENIZE: ["model", "tokens"],
+}
+_CHAT_MODEL = "smollm2-135m-instruct"
+_OTHER_MODEL = "an-embedding-model"
 _EXAMPLES: dict[Kind, dict[str, Any]] = {
     Kind.CHAT: {
-        "model": "smollm2-135m-instruct",
+        "model": _CHAT_MODEL,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     },
-    Kind.TEXT: {"model": "smollm2-135m-instruct", "prompt": "The capital of France is"},
+    Kind.TEXT: {"model": _CHAT_MODEL, "prompt": "The capital of France is"},
+    Kind.EMBEDDINGS: {"model": _OTHER_MODEL, "input": ["Paris", "London"]},
+    Kind.RERANK: {"model": _OTHER_MODEL, "query": "France", "documents": ["Paris", "London"]},
+    Kind.SCORE: {"model": _OTHER_MODEL, "text_1": "France", "text_2": ["Paris", "London"]},
+    Kind.TOKENIZE: {"model": _CHAT_MODEL, "prompt": "The capital of France is"},
+    Kind.DETOKENIZE: {"model": _CHAT_MODEL, "tokens": [504, 3575, 282]},
 }
 
 
 def completion_docs(kind: Kind) -> dict[str, Any]:
-    """Return what FastAPI is told of a completions endpoint whose body it does not parse."""
+    """Return what FastAPI is told of an endpoint whose body it does not parse."""
+    endpoint = kind.endpoint
+    fields = _FIELDS | _OF_KIND.get(kind, {})
     schema = {
         "type": "object",
         "required": _REQUIRED[kind],
-        "properties": {name: _FIELDS.get(name, {}) for name in sorted(PARAMETERS[kind])},
+        "properties": {name: fields.get(name, {}) for name in sorted(endpoint.parameters)},
         "additionalProperties": False,
     }
     content = {"application/json": {"schema": schema, "example": _EXAMPLES[kind]}}
+    stream = _STREAM if "stream" in endpoint.parameters else {}
+    also = " and ".join(f"`{address}`" for address in endpoint.addresses[1:])
     return {
+        "summary": f"{endpoint.summary}.",
+        "description": f"Also at {also}." if also else "",
+        "operation_id": f"create_{endpoint.route.replace('.', '_')}",
         "openapi_extra": {
             "requestBody": {"required": True, "content": content},
-            "responses": {"200": {"headers": headers(), "content": _STREAM}},
+            "responses": {"200": {"headers": headers(), "content": stream}},
         },
     }

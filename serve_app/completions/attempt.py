@@ -7,14 +7,9 @@ from collections.abc import AsyncIterator
 
 import aiohttp
 
+from serve_app.completions.answers import Reader
 from serve_app.completions.body import Ask
 from serve_app.completions.exchange import Exchange
-from serve_app.completions.sse import (
-    StreamReader,
-    read_finish_reason,
-    read_object,
-    read_usage,
-)
 from serve_app.completions.upstream import Upstream, engine_error
 from serve_app.contracts import Lease
 from serve_app.errors import EngineFailed, RequestError
@@ -36,7 +31,8 @@ class Attempt:
         self._ask = ask
         self._exchange = exchange
         self._upstream = Upstream(session, lease.grant)
-        self._reader = StreamReader(wants_usage=ask.wants_usage) if ask.stream else None
+        self._answers = ask.kind.answers
+        self._reader = self._answers.reader(wants_usage=ask.wants_usage) if ask.stream else None
         self._keep_answer = keep_answer
         self._whole = b""
         self._answer = bytearray()
@@ -51,7 +47,7 @@ class Attempt:
         await self._upstream.open(self._ask, self._exchange.id.hex)
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Yield what goes to the client, whole frames only, without the closing `[DONE]`.
+        """Yield what goes to the client, whole frames only, without what closes the stream.
 
         Raises:
             InvalidRequest: the engine refused the request in its stream.
@@ -66,13 +62,18 @@ class Attempt:
         if not self._reader.done:
             raise EngineFailed
 
+    @property
+    def closing(self) -> bytes:
+        """The bytes that close a stream that came to its proper end."""
+        return self._reader.closing if self._reader is not None else b""
+
     async def whole(self) -> bytes:
         """Return the answer to a request that is not streamed. Raises EngineFailed."""
         self._whole = await self._upstream.whole()
         self._exchange.token_arrived()
         return self._whole
 
-    def _read(self, reader: StreamReader, chunk: bytes) -> bytes:
+    def _read(self, reader: Reader, chunk: bytes) -> bytes:
         data = reader.feed(chunk)
         if data:
             self._exchange.token_arrived()
@@ -115,7 +116,6 @@ class Attempt:
             exchange.frames = self._reader.frames
             exchange.answer = self._answer
         elif self._whole:
-            body = read_object(self._whole)
-            exchange.usage = read_usage(body)
-            exchange.finish_reason = read_finish_reason(body)
+            read = self._answers.read(self._whole)
+            exchange.usage, exchange.finish_reason = read.usage, read.finish_reason
             exchange.answer = bytearray(self._whole)

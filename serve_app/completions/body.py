@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
+from serve_app.completions.kinds import Kind, kinds_of
 from serve_app.config import GatewayConfig, ModelEntry
 from serve_app.errors import InvalidRequest, MalformedBody, ModelNotFound, UnsupportedParameter
 from serve_app.identity.principal import Principal
 
-
-class Kind(enum.StrEnum):
-    """A completions endpoint; the value is the path below the engine's root."""
-
-    CHAT = "/v1/chat/completions"
-    TEXT = "/v1/completions"
-
-    @property
-    def route(self) -> str:
-        """The name of the endpoint in records and metrics."""
-        return "chat.completions" if self is Kind.CHAT else "completions"
-
-
-# vLLM takes unknown fields in silence, so what may pass is listed here. Left out on purpose:
-# what steers the server itself (request_id, kv_transfer_params, chat_template, priority, …).
-_SAMPLING = frozenset(
-    "allowed_token_ids bad_words frequency_penalty ignore_eos include_stop_str_in_output "
-    "length_penalty logit_bias logprobs max_tokens min_p min_tokens model n presence_penalty "
-    "prompt_logprobs repetition_penalty response_format return_token_ids "
-    "return_tokens_as_token_ids seed skip_special_tokens spaces_between_special_tokens stop "
-    "stop_token_ids stream stream_options structured_outputs temperature "
-    "thinking_token_budget top_k top_p truncate_prompt_tokens user".split()
-)
-PARAMETERS: dict[Kind, frozenset[str]] = {
-    Kind.CHAT: _SAMPLING
-    | frozenset(
-        "add_generation_prompt chat_template_kwargs continue_final_message documents "
-        "include_reasoning max_completion_tokens messages parallel_tool_calls "
-        "reasoning_effort tool_choice tools top_logprobs".split()
-    ),
-    Kind.TEXT: _SAMPLING | frozenset("echo prompt suffix".split()),
-}
 _STREAM_OPTIONS = frozenset({"include_usage"})
 
 
@@ -108,16 +76,17 @@ def govern(kind: Kind, body: dict[str, Any], model: ModelEntry, defaults: Defaul
 
     Raises:
         UnsupportedParameter: a field that would not be honoured.
-        InvalidRequest: a governed field with a wrong value.
+        InvalidRequest: a governed field with a wrong value, or a model for something else.
         MalformedBody: nested too deeply.
     """
+    _check_task(kind, model)
     _refuse_unknown(kind, body)
     stream = _flag(body, "stream")
     wants_usage = _wants_usage(body, stream=stream)
-    prompts = _prompts(kind, body)
+    prompts = kind.endpoint.count(body)
     _check_max_tokens(kind, body, model.max_tokens or defaults.max_tokens)
     sent = _filled(kind, body, model, defaults)
-    if stream:
+    if stream and kind.endpoint.stream_options:
         # Always asked for, so that the accounts have it; dropped where the client did not.
         sent["stream_options"] = {"include_usage": True}
     return Ask(
@@ -138,9 +107,18 @@ def _payload(sent: dict[str, Any]) -> bytes:
         raise MalformedBody("The request body is nested too deeply.") from None
 
 
+def _check_task(kind: Kind, model: ModelEntry) -> None:
+    if model.task not in kind.endpoint.tasks:
+        served = ", ".join(f"`{one.route}`" for one in kinds_of(model.task))
+        raise InvalidRequest(
+            f"The model `{model.name}` does not serve `{kind.route}`. It serves {served}.",
+            param="model",
+        )
+
+
 def _refuse_unknown(kind: Kind, body: dict[str, Any]) -> None:
     for name, value in body.items():
-        if name not in PARAMETERS[kind] and value is not None:
+        if name not in kind.endpoint.parameters and value is not None:
             raise UnsupportedParameter(
                 f"The parameter `{name[:100]}` is not supported. Leave it out.", param=name[:100]
             )
@@ -171,25 +149,11 @@ def _wants_usage(body: dict[str, Any], *, stream: bool) -> bool:
     return _flag(options, "include_usage")
 
 
-def _prompts(kind: Kind, body: dict[str, Any]) -> int:
-    if kind is Kind.CHAT:
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise InvalidRequest("`messages` must be a list of messages.", param="messages")
-        return 1
-    prompt = body.get("prompt")
-    if isinstance(prompt, str) and prompt:
-        return 1
-    if isinstance(prompt, list) and prompt:
-        return 1 if isinstance(prompt[0], int) else len(prompt)
-    raise InvalidRequest("`prompt` must be a text or a list of texts.", param="prompt")
-
-
 def _check_max_tokens(kind: Kind, body: dict[str, Any], most: int) -> None:
-    for name in ("max_tokens", "max_completion_tokens"):
-        if name not in PARAMETERS[kind] or body.get(name) is None:
+    for name in kind.endpoint.max_tokens:
+        value = body.get(name)
+        if value is None:
             continue
-        value = body[name]
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             raise InvalidRequest(f"`{name}` must be a whole number from 1 to {most}.", param=name)
 
@@ -198,10 +162,12 @@ def _filled(
     kind: Kind, body: dict[str, Any], model: ModelEntry, defaults: Defaults
 ) -> dict[str, Any]:
     filled = dict(body)
+    names = kind.endpoint.max_tokens
+    if not names:
+        return filled
     if filled.get("temperature") is None:
         filled["temperature"] = defaults.temperature
-    named = filled.get("max_tokens") or filled.get("max_completion_tokens")
-    if named is None and model.default_max_tokens is not None:
-        name = "max_completion_tokens" if kind is Kind.CHAT else "max_tokens"
-        filled[name] = model.default_max_tokens
+    unnamed = all(filled.get(name) is None for name in names)
+    if unnamed and model.default_max_tokens is not None:
+        filled[names[-1]] = model.default_max_tokens
     return filled

@@ -18,12 +18,12 @@ from starlette.requests import Request
 from starlette.types import Send
 
 from serve_app.completions.attempt import Attempt
-from serve_app.completions.body import Ask, Kind, find_model, govern, model_name, parse_object
+from serve_app.completions.body import Ask, find_model, govern, model_name, parse_object
 from serve_app.completions.exchange import Exchange
 from serve_app.completions.finishing import Finishing
+from serve_app.completions.kinds import Kind
 from serve_app.completions.parts import Document, Download, Handler, OnBehalf, Parts, Spawn
 from serve_app.completions.reply import Reply
-from serve_app.completions.sse import DONE, error_frame
 from serve_app.config import Bodies, GatewayConfig, Standing
 from serve_app.contracts import LeaseHint
 from serve_app.errors import (
@@ -133,6 +133,7 @@ class Call:
         model = find_model(self._config, self.exchange.model, principal)
         ask = govern(kind, body, model, self._parts.defaults)
         self.exchange.stream = ask.stream
+        self.exchange.answers = kind.answers
         return ask
 
     async def _reserve(self, principal: Principal) -> None:
@@ -226,13 +227,14 @@ class Call:
             # Less than the length that was announced, so that a cut download is seen as one.
             await self._reply.end_stream(b"" if error else self._answer.body)
         elif error is not None and self._reply.opened:
-            await self._reply.end_stream(error_frame(to_openai(error)))
+            frame = self.exchange.answers.error_frame(to_openai(error))
+            await self._reply.end_stream(frame)
         elif error is not None:
             await self._reply.error(error, self._headers(self.exchange.elapsed_s))
         elif self.exchange.stream:
             if not self._reply.opened:
                 await self._reply.open_stream(self._headers())
-            await self._reply.end_stream(DONE)
+            await self._reply.end_stream(self._attempts[-1].closing)
         else:
             headers = self._headers(self.exchange.elapsed_s)
             await self._reply.whole(self._answer.body, headers, self._answer.media_type)

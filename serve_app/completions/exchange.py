@@ -7,8 +7,8 @@ import uuid
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from serve_app.completions.body import Kind
-from serve_app.completions.sse import Usage, read_object, text_of_answer, text_of_stream
+from serve_app.completions.answers import Answers
+from serve_app.completions.sse import Usage
 from serve_app.config import Bodies
 from serve_app.contracts import Lease
 from serve_app.errors import ClientGone, DeadlineExceeded, InternalError, RequestError
@@ -51,6 +51,7 @@ class Exchange:
     principal: Principal | None = None
     model: str | None = None
     stream: bool = False
+    answers: Answers = field(default_factory=Answers)
     request_body: bytes | None = None
     # Set before the call goes out, so that a request that dies in it still gives back.
     reserving: bool = False
@@ -85,7 +86,7 @@ class Exchange:
 
     def record(self, bodies: Bodies) -> RequestRecord:
         """Return the row of this request."""
-        usage = self._usage()
+        usage = self.answers.counted(self.usage, self.frames)
         principal = self.principal
         return RequestRecord(
             id=self.id,
@@ -130,18 +131,6 @@ class Exchange:
             return Outcome.FAILED
         return Outcome.REFUSED
 
-    def _usage(self) -> Usage:
-        if self.usage is None:
-            # The engine died with the stream open: what it sent is all that is known. One
-            # frame holds one token or more; the opening frame of a chat holds none.
-            opening = 1 if self.route == Kind.CHAT.route else 0
-            return Usage(0, max(0, self.frames - opening))
-        if self.usage.completion_tokens == 0:
-            # The engine counts a prompt when it is through with it, that is with the first
-            # token. The accounts follow it.
-            return Usage(0, 0)
-        return self.usage
-
     def _inter_token_mean_ms(self, usage: Usage) -> float | None:
         if self.first_token_s is None or self.last_token_s is None or usage.completion_tokens < 2:
             return None
@@ -155,7 +144,7 @@ class Exchange:
         if not self.answer:
             return None
         data = bytes(self.answer)
-        return text_of_stream(data) if self.stream else text_of_answer(read_object(data))
+        return self.answers.text_of_stream(data) if self.stream else self.answers.text(data)
 
 
 def _ms(seconds: float | None) -> float | None:

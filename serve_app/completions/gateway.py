@@ -11,9 +11,10 @@ import orjson
 from starlette.requests import Request
 from starlette.types import Send
 
-from serve_app.completions.body import Kind, find_model
+from serve_app.completions.body import find_model
 from serve_app.completions.call import Call
 from serve_app.completions.collected import Answered, Collected
+from serve_app.completions.kinds import Kind
 from serve_app.completions.parts import Document, Handler, OnBehalf, Parts
 from serve_app.config import GatewayConfig, ModelEntry
 from serve_app.errors import RequestError

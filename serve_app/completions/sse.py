@@ -77,6 +77,7 @@ class StreamReader:
         self.error: EngineError | None = None
         self.done = False
         self.frames = 0  # of the answer itself
+        self.closing = DONE
 
     def feed(self, chunk: bytes) -> bytes:
         """Take bytes of the upstream and return what goes to the client.

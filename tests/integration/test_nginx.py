@@ -154,6 +154,12 @@ def _error(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
     [
         "/v1/models",
         "/v1/chat/completions",
+        "/v1/embeddings",
+        "/tokenize",
+        "/detokenize",
+        "/score",
+        "/rerank",
+        "/v2/rerank",
         "/health",
         "/ready",
         "/docs",
@@ -194,6 +200,8 @@ def test_a_model_name_with_a_slash_arrives_the_same_with_and_without_the_prefix(
         "//-/routes",
         "/api/serve/applications/",
         "/healthz",
+        "/tokenizer",
+        "/v2/models",
         "/docs/x",
     ],
 )

@@ -12,16 +12,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serve_app.completions.body import (
-    PARAMETERS,
     Ask,
     Defaults,
-    Kind,
     find_model,
     govern,
     model_name,
     parse_object,
 )
-from serve_app.config import GatewayConfig, ModelEntry
+from serve_app.completions.kinds import Kind
+from serve_app.config import GatewayConfig, ModelEntry, Task
 from serve_app.errors import (
     InvalidRequest,
     MalformedBody,
@@ -123,7 +122,7 @@ def test_long_parameter_name_is_cut_in_the_message() -> None:
 
 @pytest.mark.parametrize("name", ["messages", "tools", "max_completion_tokens", "top_logprobs"])
 def test_parameter_of_the_other_endpoint_is_refused(name: str) -> None:
-    assert name in PARAMETERS[Kind.CHAT]
+    assert name in Kind.CHAT.endpoint.parameters
     with pytest.raises(UnsupportedParameter):
         ask(Kind.TEXT, {**TEXT, name: 1})
 
@@ -227,6 +226,35 @@ def test_messages_must_be_there(messages: object) -> None:
     assert caught.value.param == "messages"
 
 
+def test_tokens_and_embeddings_are_not_sampled() -> None:
+    """What belongs to generating is neither filled in nor taken."""
+    model = ModelEntry(name="v", app="v", task=Task.EMBED, default_max_tokens=7)
+    body = {"model": "v", "input": ["a", "b"]}
+    assert ask(Kind.EMBEDDINGS, body, model).prompts == 2
+    assert sent(Kind.EMBEDDINGS, body, model) == body
+    for name in ("stream", "temperature", "max_tokens"):
+        with pytest.raises(UnsupportedParameter):
+            ask(Kind.EMBEDDINGS, {**body, name: 1}, model)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "serves"),
+    [
+        (Task.GENERATE, Kind.EMBEDDINGS, "`chat.completions`, `completions`, `tokenize`"),
+        (Task.EMBED, Kind.CHAT, "`embeddings`, `rerank`, `score`, `tokenize`, `detokenize`"),
+        (Task.SCORE, Kind.EMBEDDINGS, "`rerank`, `score`, `tokenize`, `detokenize`"),
+    ],
+)
+def test_a_model_for_something_else_says_what_it_serves(
+    task: Task, kind: Kind, serves: str
+) -> None:
+    model = ModelEntry(name="other", app="a", task=task)
+    with pytest.raises(InvalidRequest) as caught:
+        ask(kind, {"model": "other"}, model)
+    assert caught.value.param == "model"
+    assert f"`other` does not serve `{kind.route}`. It serves {serves}" in caught.value.message
+
+
 # Defaults.
 
 
@@ -276,9 +304,8 @@ _JSON = st.recursive(
     ),
     max_leaves=12,
 )
-_NAMES = st.sampled_from(sorted(PARAMETERS[Kind.CHAT] | PARAMETERS[Kind.TEXT])) | st.text(
-    max_size=8
-)
+_PARAMETERS = sorted({name for kind in Kind for name in kind.endpoint.parameters})
+_NAMES = st.sampled_from(_PARAMETERS) | st.text(max_size=8)
 _DEEP = json.loads("[" * 300 + "]" * 300)
 
 
@@ -295,5 +322,6 @@ def test_any_object_is_asked_or_refused(
     asked = None
     with contextlib.suppress(InvalidRequest):
         body = parse_object(json.dumps({**base, **more}).encode("utf-8", "replace"))
-        asked = ask(kind, body)
+        model = MODEL.model_copy(update={"task": min(kind.endpoint.tasks)})
+        asked = ask(kind, body, model)
     assert asked is None or isinstance(orjson.loads(asked.payload), dict)

@@ -18,7 +18,7 @@ from typer.main import get_command
 
 from serve_app import error_reference
 from serve_app.cli.app import app as command_line
-from serve_app.completions.body import PARAMETERS
+from serve_app.completions.kinds import ENDPOINTS
 from serve_app.config import GatewayConfig, LimitPolicy, ModelEntry
 from serve_app.http_app import create_app
 from serve_app.settings import GROUPS
@@ -105,6 +105,8 @@ def _parsed_default(value: ast.expr | None) -> object:
     if not isinstance(value, ast.Call):
         return PydanticUndefined
     given: dict[str | None, Any] = {word.arg: word.value for word in value.keywords}
+    if isinstance(given.get("default"), ast.Attribute):
+        return given["default"].attr.lower()  # a member of an enum, by our custom
     if "default" in given:
         return ast.literal_eval(given["default"])
     return {} if "default_factory" in given else PydanticUndefined
@@ -190,7 +192,8 @@ def test_every_refusal_of_nginx_is_documented_and_no_other() -> None:
 def test_every_parameter_that_passes_is_documented() -> None:
     passed, _, _ = API.partition("### Refused")
     named = set(re.findall(r"`(\w+)`", passed))
-    assert set().union(*PARAMETERS.values()) <= named
+    for endpoint in ENDPOINTS.values():
+        assert endpoint.parameters <= named
 
 
 def test_every_address_is_documented() -> None:
@@ -198,6 +201,9 @@ def test_every_address_is_documented() -> None:
     for path, methods in document["paths"].items():
         for method in methods:
             assert f"`{method.upper()} {path}`" in API
+    for endpoint in ENDPOINTS.values():
+        for address in endpoint.addresses:
+            assert f"`POST {address}`" in API
 
 
 # Metrics.

@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from serve_app.completions.exchange import Exchange, Timings
+from serve_app.completions.kinds import Kind
 from serve_app.completions.sse import Usage
 from serve_app.config import Bodies
 from serve_app.contracts import LeaseGrant
@@ -110,20 +111,25 @@ def test_principal_is_noted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("route", "usage", "frames", "expected"),
+    ("kind", "usage", "frames", "expected"),
     [
-        ("chat.completions", Usage(3, 2), 9, (3, 2)),
+        (Kind.CHAT, Usage(3, 2), 9, (3, 2)),
         # No token came: the engine did not count the prompt either.
-        ("chat.completions", Usage(3, 0), 2, (0, 0)),
+        (Kind.CHAT, Usage(3, 0), 2, (0, 0)),
         # No usage came: a frame a token, without the opening frame of a chat.
-        ("chat.completions", None, 6, (0, 5)),
-        ("chat.completions", None, 0, (0, 0)),
-        ("completions", None, 5, (0, 5)),
-        ("completions", None, 0, (0, 0)),
+        (Kind.CHAT, None, 6, (0, 5)),
+        (Kind.CHAT, None, 0, (0, 0)),
+        (Kind.TEXT, None, 5, (0, 5)),
+        (Kind.TEXT, None, 0, (0, 0)),
+        # What generates nothing is counted with its result.
+        (Kind.EMBEDDINGS, Usage(3, 0), 0, (3, 0)),
+        (Kind.RERANK, Usage(3, 0), 0, (3, 0)),
+        (Kind.SCORE, None, 0, (0, 0)),
+        (Kind.TOKENIZE, Usage(0, 0), 0, (0, 0)),
     ],
 )
-def test_usage(route: str, usage: Usage | None, frames: int, expected: tuple[int, int]) -> None:
-    row = record(exchange(route, stream=True, usage=usage, frames=frames))
+def test_usage(kind: Kind, usage: Usage | None, frames: int, expected: tuple[int, int]) -> None:
+    row = record(exchange(kind.route, answers=kind.answers, usage=usage, frames=frames))
     assert (row.prompt_tokens, row.completion_tokens) == expected
 
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import httpx
 import pytest
 
-from serve_app.completions.body import PARAMETERS, Kind
+from serve_app.completions.kinds import Kind
 from serve_app.errors import ClientGone, every_error, to_openai
 from serve_app.http_app import Check, create_app
 
@@ -42,17 +42,17 @@ def document() -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", Kind)
 def test_body_of_a_completion_is_what_is_taken(document: dict[str, Any], kind: Kind) -> None:
-    operation = document["paths"][kind.value]["post"]
+    operation = document["paths"][kind.endpoint.addresses[0]]["post"]
     body = operation["requestBody"]["content"]["application/json"]
-    assert body["schema"]["properties"].keys() == PARAMETERS[kind]
+    assert body["schema"]["properties"].keys() == kind.endpoint.parameters
     assert body["schema"]["additionalProperties"] is False
     assert set(body["schema"]["required"]) <= body["example"].keys()
-    assert body["example"].keys() <= PARAMETERS[kind]
+    assert body["example"].keys() <= kind.endpoint.parameters
 
 
 @pytest.mark.parametrize("kind", Kind)
 def test_refusals_are_documented_in_openai_form(document: dict[str, Any], kind: Kind) -> None:
-    answers = document["paths"][kind.value]["post"]["responses"]
+    answers = document["paths"][kind.endpoint.addresses[0]]["post"]["responses"]
     assert {"400", "401", "403", "404", "413", "429", "502", "503", "504"} <= answers.keys()
     for status, answer in answers.items():
         if status != "200":
@@ -78,6 +78,11 @@ def test_only_what_a_client_may_call_is_documented(document: dict[str, Any]) -> 
     assert set(document["paths"]) == {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/embeddings",
+        "/v1/rerank",
+        "/v1/score",
+        "/v1/tokenize",
+        "/v1/detokenize",
         "/v1/models",
         "/v1/models/{model}",
         "/health",
