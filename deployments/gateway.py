@@ -28,6 +28,7 @@ from serve_app.lazy_pool import build_pool
 from serve_app.log_setup import log_as_json
 from serve_app.request_line import RequestLines
 from serve_app.settings import load_settings
+from serve_app.stored.sweeper import Sweeper
 
 # Connections of one gateway to PostgreSQL, beside those that look up API keys.
 _POOL_SIZE = 8
@@ -90,6 +91,8 @@ class Gateway:
             ),
             defaults=Defaults(settings.service.max_tokens, settings.service.temperature),
         )
+        self._sweeper = Sweeper(self._parts.database)
+        self._sweeper.start()
         self._gateway: gateway.Gateway | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -110,6 +113,7 @@ class Gateway:
 
     async def __del__(self) -> None:
         """Finish what is under way, then close; Serve calls this after it has drained."""
+        await self._sweeper.close()
         if self._gateway is not None:
             await self._gateway.close()
         await self._limits.close()

@@ -139,6 +139,26 @@ class ModelEntry(_Config):
     )
 
 
+class IdempotencyConfig(_Config):
+    """What is kept of requests that carry an Idempotency-Key."""
+
+    keep_s: float = Field(
+        default=24 * 3600.0,
+        gt=0,
+        le=366 * 24 * 3600.0,
+        description="How long an answer is kept and sent again.",
+    )
+    max_stored_bytes: int = Field(
+        default=4 * 1024 * 1024, ge=0, le=256 * 1024 * 1024, description="Longest answer kept."
+    )
+    claim_s: float = Field(
+        default=30.0,
+        gt=0,
+        le=3600.0,
+        description="How long a key stays taken after the gateway that worked on it died.",
+    )
+
+
 class GatewayConfig(_Config):
     """The gateway's policy."""
 
@@ -146,6 +166,9 @@ class GatewayConfig(_Config):
     limits: LimitsConfig = Field(default=LimitsConfig(), description="Limits by principal.")
     standings: StandingConfig = Field(
         default=StandingConfig(), description="Priority and share by role."
+    )
+    idempotency: IdempotencyConfig = Field(
+        default=IdempotencyConfig(), description="Requests that carry an Idempotency-Key."
     )
     bodies: Bodies = Field(
         default=Bodies.FULL, description="Keep prompts and answers in the log (full) or not (none)."

@@ -11,7 +11,10 @@
         ├── NotFound             404
         │   └── ModelNotFound
         ├── MethodNotAllowed     405
+        ├── IdempotencyConflict  409
+        │   └── AnswerNotKept
         ├── BodyTooLarge         413
+        ├── IdempotencyMismatch  422
         ├── RateLimited          429
         ├── ClientGone           499    recorded, never sent
         ├── InternalError        500
@@ -181,6 +184,25 @@ class MethodNotAllowed(RequestError):
     remedy = "compare it with [the addresses](api.md)"
 
 
+class IdempotencyConflict(RequestError):
+    """A request with this Idempotency-Key is still under way. Try again later for its answer."""
+
+    status = 409
+    type = "idempotency_error"
+    code = "idempotency_key_in_use"
+    cause = "the first request with this key is still being answered"
+    remedy = "wait for as long as `Retry-After` says and send the same again; you get its answer"
+    retry_after = "as long as the first request has taken until now, 30 at most"
+
+
+class AnswerNotKept(IdempotencyConflict):
+    """The request was answered; the answer is too long to send again. Use another key."""
+
+    code = "idempotency_answer_not_kept"
+    cause = "the answer was longer than `max_stored_bytes`, so it could go out only once"
+    remedy = "send it with a new key, and it is generated again"
+
+
 class BodyTooLarge(RequestError):
     """The request body is larger than this service takes."""
 
@@ -189,6 +211,16 @@ class BodyTooLarge(RequestError):
     code = "request_too_large"
     cause = "over `max_body_bytes` of the gateway, or over nginx's limit"
     remedy = "send less"
+
+
+class IdempotencyMismatch(RequestError):
+    """This Idempotency-Key was used for another request. Use a new key for a new request."""
+
+    status = 422
+    type = "idempotency_error"
+    code = "idempotency_key_reused"
+    cause = "another body, or another address, under a key that is already known"
+    remedy = "make a new key for each new request; send a retry byte for byte as it was"
 
 
 class RateLimited(RequestError):

@@ -81,7 +81,7 @@ class LazyPool:
                 yield connection
         except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
             raise InvalidRequest("The database refuses these values.") from error
-        except (DatabaseUnavailable, *CONNECT_ERRORS) as error:
+        except (DatabaseUnavailable, asyncpg.InternalClientError, *CONNECT_ERRORS) as error:
             self._note_failure(error)
             raise self._unavailable(retry_after_s=self._retry_s) from error
         self._note_success()

@@ -33,6 +33,7 @@ _ALWAYS = ("X-Request-ID", "Server-Timing")
 _MORE_HEADERS = {
     401: ("WWW-Authenticate",),
     405: ("Allow",),
+    409: ("Retry-After",),
     429: ("Retry-After",),
     503: ("Retry-After",),
 }

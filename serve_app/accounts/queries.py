@@ -1,17 +1,10 @@
-"""The SQL of the accounts, read from queries.sql: a `-- name:` line starts each query."""
+"""The SQL of the accounts, read from queries.sql."""
 
 from __future__ import annotations
 
-import re
-from functools import cache
-from importlib import resources
-
-_NAME = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
+from serve_app.sql import named_queries
 
 
-@cache
 def queries() -> dict[str, str]:
     """Return the queries by name."""
-    text = resources.files(__package__).joinpath("queries.sql").read_text(encoding="utf-8")
-    _, *parts = _NAME.split(text)
-    return dict(zip(parts[::2], (part.strip() for part in parts[1::2]), strict=True))
+    return named_queries("serve_app.accounts", "queries.sql")
