@@ -24,10 +24,18 @@ class Leasing:
         await self._http.start()
 
     async def lease(self, _hint: LeaseHint) -> AsyncIterator[LeaseGrant]:
-        """Yield a grant once, then hold it until Ray cancels this call."""
+        """Yield a grant once, then hold it until Ray cancels this call.
+
+        Raises:
+            ModelNotReady: see `check_admission`.
+        """
+        self.check_admission()
         async with self._leases.lease() as slot:
             yield LeaseGrant(address=self._http.address, token=slot.token, replica_id=replica_id())
             await asyncio.Event().wait()
+
+    def check_admission(self) -> None:
+        """Raise ModelNotReady if no lease is to be had here."""
 
     def check_door(self) -> None:
         """Raise RuntimeError if the HTTP server has stopped."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import prometheus_client
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,10 +14,25 @@ from ray.serve.llm.deployment import LLMServer
 
 from deployments.leasing import Leasing, replica_id
 from serve_app.config import Name, parse_config
-from serve_app.engine_counters import EngineCounters, read_engine_counters
-from serve_app.errors import ConfigError
+from serve_app.engine_counters import EngineCounters, read_engine_counters, read_progress
+from serve_app.engine_watch import EngineStuck, EngineWatch
+from serve_app.errors import ModelNotReady
+from serve_app.models.weights import adapter_rank, find_adapter, find_weights
 from serve_app.replica import Slot
 from serve_app.settings import load_settings
+
+
+class AdapterArgs(BaseModel):
+    """A LoRA adapter, loaded when the engine starts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name = Field(description="Name that the engine serves the model with it under.")
+    weights: str = Field(
+        min_length=1,
+        description="Folder of the adapter, absolute or below COMP_AI_MODEL_PATH; "
+        "or `hub:<organisation>/<adapter>`.",
+    )
 
 
 class ModelArgs(BaseModel):
@@ -37,6 +53,14 @@ class ModelArgs(BaseModel):
     engine: dict[str, Any] = Field(
         default_factory=dict, description="vLLM engine arguments, by their Python names."
     )
+    adapters: tuple[AdapterArgs, ...] = Field(
+        default=(), description="LoRA adapters that the engine serves beside the model."
+    )
+    stuck_after_s: float = Field(
+        default=120,
+        gt=0,
+        description="How long an engine with requests may make no step before it is replaced.",
+    )
     replica_cpus: float = Field(
         default=0.5, ge=0, description="CPUs that Ray sets aside for the replica's own process."
     )
@@ -49,18 +73,26 @@ def build(args: dict[str, Any]) -> Application:
         ConfigError: for an unknown setting, a wrong value, or weights that are not there.
     """
     model = parse_config(ModelArgs, args, "args")
-    return build_llm_deployment(_llm_config(model), name_prefix="Model:", deployment_cls=Model)
+    return build_llm_deployment(
+        llm_config(model),
+        name_prefix="Model:",
+        deployment_cls=Model,
+        bind_kwargs={"stuck_after_s": model.stuck_after_s},
+    )
 
 
-def _llm_config(model: ModelArgs) -> LLMConfig:
+def llm_config(model: ModelArgs) -> LLMConfig:
+    """Return what Ray's LLMServer is to run. Raises ConfigError where weights are missing."""
     device: dict[str, Any] = (
         {"accelerator_config": {"kind": "cpu"}}
         if model.device == "cpu"
         else {"accelerator_type": model.accelerator_type}
     )
+    models_path = load_settings().service.models_path
+    weights = find_weights("args.weights", model.weights, models_path)
     return LLMConfig(
-        model_loading_config={"model_id": model.name, "model_source": _source(model.weights)},
-        engine_kwargs=model.engine,
+        model_loading_config={"model_id": model.name, "model_source": weights},
+        engine_kwargs={**_adapter_arguments(model, models_path), **model.engine},
         deployment_config={"ray_actor_options": {"num_cpus": model.replica_cpus}},
         # vLLM then keeps its counters in this process's Prometheus registry, where the
         # accounts can read them exactly; Ray's copy of them is minutes of delay away.
@@ -69,33 +101,50 @@ def _llm_config(model: ModelArgs) -> LLMConfig:
     )
 
 
-def _source(weights: str) -> str:
-    if weights.startswith("hub:"):
-        return weights.removeprefix("hub:")
-    folder = load_settings().service.models_path / Path(weights).expanduser()
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            "args.weights",
-            weights,
-            f"a folder with config.json; looked in {folder}. "
-            "`comp-ai model fetch` makes the default model",
-        )
-    return str(folder)
+def _adapter_arguments(model: ModelArgs, models_path: Path) -> dict[str, Any]:
+    """Return the engine arguments by which vLLM loads the adapters when it starts."""
+    modules, ranks = [], []
+    for index, adapter in enumerate(model.adapters):
+        setting = f"args.adapters.{index}.weights"
+        path = find_adapter(setting, adapter.weights, models_path)
+        modules.append({"name": adapter.name, "path": path})
+        ranks.append(adapter_rank(setting, path) or 0)
+    if not modules:
+        return {}
+    return {
+        "enable_lora": True,
+        "lora_modules": modules,
+        "max_loras": len(modules),
+        "max_lora_rank": _rank_of_engine(max(ranks)),
+    }
+
+
+def _rank_of_engine(rank: int) -> int:
+    """Return the lowest rank that vLLM offers and that holds `rank`."""
+    from vllm.config.lora import LoRAConfig, MaxLoRARanks
+
+    if rank == 0:
+        return int(LoRAConfig.max_lora_rank)
+    offered = sorted(get_args(MaxLoRARanks))
+    return int(next((r for r in offered if r >= rank), offered[-1]))
 
 
 class Model(Leasing, LLMServer):
     """An LLMServer that hands out leases and serves vLLM's own ASGI app under them."""
 
+    # Serve awaits a constructor that is a coroutine.
+    async def __init__(  # type: ignore[misc]
+        self, llm_config: LLMConfig, *, stuck_after_s: float
+    ) -> None:
+        self._watch = EngineWatch(stuck_after_s)
+        await super().__init__(llm_config)
+
     async def start(self) -> None:
         """Start the engine, then the HTTP server in front of it."""
         await super().start()
         app = await self.__serve_build_asgi_app__()
-        engine = app.state.engine_client
-
-        async def abort(slot: Slot) -> None:
-            await engine.abort(_engine_request_ids(slot))
-
-        await self.open_door(app, abort)
+        self._engine = app.state.engine_client
+        await self.open_door(app, self._abort)
 
     async def engine_counters(self) -> EngineCounters:
         """Return what vLLM counted in this replica since it started."""
@@ -106,17 +155,37 @@ class Model(Leasing, LLMServer):
         )
 
     async def check_health(self) -> None:
-        """Fail if the engine or the HTTP server is dead, so that Serve replaces the replica."""
+        """Fail if engine or HTTP server are dead or stuck, so that Serve replaces the replica."""
         await super().check_health()
         self.check_door()
+        self._check_progress()
+
+    def check_admission(self) -> None:
+        """Refuse leases when the engine is dead; Serve takes a while to replace the replica."""
+        if self._engine.errored:
+            raise ModelNotReady
+
+    def _check_progress(self) -> None:
+        unfinished = self._engine.output_processor.get_num_unfinished_requests()
+        try:
+            self._watch.look(unfinished, read_progress(prometheus_client.REGISTRY.collect()))
+        except EngineStuck:
+            # Now its requests fail at once: Serve would give them all the time of a graceful
+            # stop. The processes of the engine are the only ones that are started here.
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
+
+    async def _abort(self, slot: Slot) -> None:
+        await self._engine.abort(_running_under(slot, self._engine.output_processor))
 
 
-def _engine_request_ids(slot: Slot) -> list[str]:
-    """Return the ids that vLLM's OpenAI layer gave to the request of `slot`.
+def _running_under(slot: Slot, outputs: Any) -> list[str]:
+    """Return the ids that vLLM's endpoints gave to what runs for the request of `slot`.
 
-    It makes them of the X-Request-ID header: see `_base_request_id` and its callers in
-    vllm/entrypoints/openai.
+    They make them of its X-Request-ID, with a prefix by endpoint and mostly a suffix by prompt:
+    see `request_id` in vllm/entrypoints.
     """
-    if slot.path.endswith("/chat/completions"):
-        return [f"chatcmpl-{slot.request_id}"]
-    return [f"cmpl-{slot.request_id}-{index}" for index in range(slot.prompts)]
+    if not slot.request_id:
+        return []
+    return [name for name in outputs.external_req_ids if slot.request_id in name]

@@ -38,3 +38,24 @@ def read_engine_counters(
             if (field := _SAMPLES.get(sample.name)) is not None:
                 sums[field] += int(sample.value)
     return EngineCounters(replica_id=replica_id, live_leases=live_leases, **sums)
+
+
+# vLLM sets each of these from the messages of its engine core: one of them changes with every
+# step, be it of a long prompt (cache), of an answer, or of an embedding.
+_PROGRESS = frozenset(
+    {
+        "vllm:prompt_tokens_total",
+        "vllm:generation_tokens_total",
+        "vllm:iteration_tokens_total_count",
+        "vllm:kv_cache_usage_perc",
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+    }
+)
+
+
+def read_progress(metrics: Iterable[Metric]) -> tuple[float, ...]:
+    """Return figures of which at least one changes with every step of the engine."""
+    return tuple(
+        sample.value for metric in metrics for sample in metric.samples if sample.name in _PROGRESS
+    )

