@@ -17,6 +17,7 @@
         ├── IdempotencyMismatch  422
         ├── RateLimited          429
         ├── ClientGone           499    recorded, never sent
+        │   └── SlowClient
         ├── InternalError        500
         ├── EngineFailed         502
         ├── Unavailable          503
@@ -242,6 +243,17 @@ class ClientGone(RequestError):
     code = "client_disconnected"
     cause = "the client closed the connection, or something between us did"
     remedy = "nobody is there to read it: it is recorded and never sent"
+
+
+class SlowClient(ClientGone):
+    """The client did not read its answer in time."""
+
+    code = "client_too_slow"
+    cause = (
+        "the client took nothing for `client_write_timeout_s`, while all buffers on the way "
+        "to it were full; the connection was closed and the engine stopped"
+    )
+    remedy = "read the stream as it comes; it is recorded and never sent"
 
 
 class InternalError(RequestError):

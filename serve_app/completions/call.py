@@ -24,6 +24,7 @@ from serve_app.completions.finishing import Finishing
 from serve_app.completions.kinds import Kind
 from serve_app.completions.parts import Document, Download, Handler, OnBehalf, Parts, Spawn
 from serve_app.completions.reply import Reply
+from serve_app.completions.sse import KEEP_ALIVE, comment
 from serve_app.config import Bodies, GatewayConfig, Standing
 from serve_app.contracts import LeaseHint
 from serve_app.errors import (
@@ -32,9 +33,13 @@ from serve_app.errors import (
     DeadlineExceeded,
     ModelNotReady,
     RequestError,
+    SlowClient,
     to_openai,
 )
 from serve_app.identity.principal import Permission, Principal
+
+# A client that sets it to `trailer` gets the timings at the end of a stream, too.
+TIMING_HEADER = "x-comp-ai-server-timing"
 
 
 class Call:
@@ -54,7 +59,8 @@ class Call:
         self._parts = parts
         self._request = request
         self._on_behalf = on_behalf
-        self._reply = Reply(send)
+        self._reply = Reply(send, config.client_write_timeout_s)
+        self._keeping_alive: asyncio.Task[None] | None = None
         self._attempts: list[Attempt] = []
         self._answer = Document(b"")
         self._body_read = asyncio.Event()
@@ -176,6 +182,7 @@ class Call:
         if not ask.stream:
             self._answer = Document(await attempt.whole())
             return
+        self._keep_alive()
         async for data in attempt.stream():
             await self._pass_on(data)
 
@@ -183,6 +190,16 @@ class Call:
         if not self._reply.opened:
             await self._reply.open_stream(self._headers())
         await self._reply.write(data)
+
+    def _keep_alive(self) -> None:
+        """Begin to send comments; not before, because they make the status 200."""
+        self._keeping_alive = asyncio.create_task(self._send_comments(), name="keep-alive")
+
+    async def _send_comments(self) -> None:
+        with suppress(SlowClient):
+            while True:
+                await self._reply.silent_for(self._config.keep_alive_s)
+                await self._pass_on(KEEP_ALIVE)
 
     async def _send_parts(self, download: Download) -> None:
         """Send all but the last part, which goes out once the request is recorded."""
@@ -216,25 +233,37 @@ class Call:
         """Undo each step and record the request, once `serving` has ended. Never raises."""
         await asyncio.wait([serving])
         self._finishing.note_end(serving)
+        if isinstance(self.exchange.error, ClientGone):
+            self._stop_comments()
         await self._finishing.run(self._attempts)
+        self._stop_comments()
+
+    def _stop_comments(self) -> None:
+        if self._keeping_alive is not None:
+            self._keeping_alive.cancel()
 
     async def end(self) -> None:
         """Send what is left to send: the last byte, or the error."""
-        error = self.exchange.error
-        if isinstance(error, ClientGone):
+        if isinstance(self.exchange.error, ClientGone):
             return
+        # It is on record; who does not take it now has to ask again.
+        with suppress(SlowClient):
+            await self._end()
+
+    async def _end(self) -> None:
+        error = self.exchange.error
         if self._reply.opened and not self.exchange.stream:
             # Less than the length that was announced, so that a cut download is seen as one.
             await self._reply.end_stream(b"" if error else self._answer.body)
         elif error is not None and self._reply.opened:
             frame = self.exchange.answers.error_frame(to_openai(error))
-            await self._reply.end_stream(frame)
+            await self._reply.end_stream(self._trailer() + frame)
         elif error is not None:
             await self._reply.error(error, self._headers(self.exchange.elapsed_s))
         elif self.exchange.stream:
             if not self._reply.opened:
                 await self._reply.open_stream(self._headers())
-            await self._reply.end_stream(self._attempts[-1].closing)
+            await self._reply.end_stream(self._trailer() + self._attempts[-1].closing)
         else:
             headers = self._headers(self.exchange.elapsed_s)
             await self._reply.whole(self._answer.body, headers, self._answer.media_type)
@@ -256,8 +285,17 @@ class Call:
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"The request body is larger than {self._config.max_body_bytes} bytes.")
 
+    def _trailer(self) -> bytes:
+        """Return the timings as a comment of the stream, where the client asked for it."""
+        if self._request.headers.get(TIMING_HEADER) != "trailer":
+            return b""
+        return comment(f"server-timing: {self._timing(self.exchange.elapsed_s)}")
+
     def _headers(self, total_s: float | None = None) -> dict[str, str]:
-        return {"server-timing": self.exchange.timings.server_timing(total_s)}
+        return {"server-timing": self._timing(total_s)}
+
+    def _timing(self, total_s: float | None) -> str:
+        return self.exchange.timings.server_timing(total_s)
 
 
 def _client_address(request: Request) -> str | None:

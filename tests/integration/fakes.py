@@ -231,7 +231,7 @@ class Watched:
     """The app as the server sees it: notes what it sends, and can cancel it as Serve does."""
 
     def __init__(self, app: ASGIApp, events: list[str]) -> None:
-        self._app = app
+        self.inner = app
         self._events = events
         self._handling: set[asyncio.Task[Any]] = set()
 
@@ -248,7 +248,7 @@ class Watched:
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self.inner(scope, receive, noted)
         finally:
             self._handling.discard(task)
 
