@@ -270,8 +270,11 @@ class EngineFailed(RequestError):
     status = 502
     type = "api_error"
     code = "engine_error"
-    cause = "the replica broke off, failed or could not be reached"
-    remedy = "send it again; nothing is sent again for you"
+    cause = (
+        "the replica broke off after its answer had begun; or it failed before that, and so did "
+        "a second one, or there was none"
+    )
+    remedy = "send it again"
 
 
 class Unavailable(RequestError):
