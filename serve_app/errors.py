@@ -11,13 +11,14 @@
         ├── NotFound             404
         │   └── ModelNotFound
         ├── MethodNotAllowed     405
+        ├── BodyTimeout          408
         ├── IdempotencyConflict  409
         │   └── AnswerNotKept
         ├── BodyTooLarge         413
+        ├── UnsupportedMediaType 415
         ├── IdempotencyMismatch  422
         ├── RateLimited          429
         ├── ClientGone           499    recorded, never sent
-        │   └── SlowClient
         ├── InternalError        500
         ├── EngineFailed         502
         ├── Unavailable          503
@@ -119,8 +120,8 @@ class MalformedBody(InvalidRequest):
     """The request body is not a JSON object."""
 
     code = "invalid_json"
-    cause = "the body is no JSON object, or is nested too deeply"
-    remedy = "send a JSON object, not compressed"
+    cause = "the body is no JSON object, names a field twice, or is nested too deeply"
+    remedy = "send a JSON object, each name in it once"
 
 
 class UnsupportedParameter(InvalidRequest):
@@ -185,6 +186,16 @@ class MethodNotAllowed(RequestError):
     remedy = "compare it with [the addresses](api.md)"
 
 
+class BodyTimeout(RequestError):
+    """The request body did not arrive in time. Send it again."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+    cause = "the body was not there within `body_timeout_s`"
+    remedy = "send it again, in one piece"
+
+
 class IdempotencyConflict(RequestError):
     """A request with this Idempotency-Key is still under way. Try again later for its answer."""
 
@@ -202,6 +213,7 @@ class AnswerNotKept(IdempotencyConflict):
     code = "idempotency_answer_not_kept"
     cause = "the answer was longer than `max_stored_bytes`, so it could go out only once"
     remedy = "send it with a new key, and it is generated again"
+    retry_after = None
 
 
 class BodyTooLarge(RequestError):
@@ -212,6 +224,16 @@ class BodyTooLarge(RequestError):
     code = "request_too_large"
     cause = "over `max_body_bytes` of the gateway, or over nginx's limit"
     remedy = "send less"
+
+
+class UnsupportedMediaType(RequestError):
+    """The request body must be JSON. Send `Content-Type: application/json`."""
+
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
+    cause = "`Content-Type` names something else than JSON, or the body is compressed"
+    remedy = "send plain JSON as `application/json`"
 
 
 class IdempotencyMismatch(RequestError):
@@ -245,17 +267,6 @@ class ClientGone(RequestError):
     remedy = "nobody is there to read it: it is recorded and never sent"
 
 
-class SlowClient(ClientGone):
-    """The client did not read its answer in time."""
-
-    code = "client_too_slow"
-    cause = (
-        "the client took nothing for `client_write_timeout_s`, while all buffers on the way "
-        "to it were full; the connection was closed and the engine stopped"
-    )
-    remedy = "read the stream as it comes; it is recorded and never sent"
-
-
 class InternalError(RequestError):
     """The service failed. Try again; if it goes on, give the operator the X-Request-ID."""
 
@@ -270,11 +281,8 @@ class EngineFailed(RequestError):
     status = 502
     type = "api_error"
     code = "engine_error"
-    cause = (
-        "the replica broke off after its answer had begun; or it failed before that, and so did "
-        "a second one, or there was none"
-    )
-    remedy = "send it again"
+    cause = "the replica broke off, failed or could not be reached"
+    remedy = "send it again; nothing is sent again for you"
 
 
 class Unavailable(RequestError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from serve_app.config import GatewayConfig, ModelEntry
 from serve_app.errors import InvalidRequest, MalformedBody, ModelNotFound, UnsupportedParameter
 from serve_app.identity.principal import Principal
 
+_NAME = re.compile(rb'"\s*:')
 _STREAM_OPTIONS = frozenset({"include_usage"})
 
 
@@ -44,7 +47,23 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise MalformedBody(f"The request body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise MalformedBody("The request body must be a JSON object.")
+    _refuse_repeated(raw, body)
     return body
+
+
+def _refuse_repeated(raw: bytes, body: dict[str, Any]) -> None:
+    """Raise MalformedBody where an object names a field twice: which one holds is not said."""
+    # Written out again, a body has fewer names only if one was there twice. Only where the
+    # counts differ, which a text with escapes can do too, is it worth the slow parser.
+    if len(_NAME.findall(raw)) != len(_NAME.findall(_payload(body))):
+        json.loads(raw, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise MalformedBody("The request body names a field of an object twice.")
+    return found
 
 
 def model_name(body: dict[str, Any]) -> str:

@@ -334,6 +334,54 @@ async def test_body_over_the_limit(chunked: bool) -> None:
         assert served.replica.counters.completion_tokens == 0
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-type": "text/plain"},
+        {"content-type": "application/x-www-form-urlencoded"},
+        {"content-type": "multipart/form-data; boundary=x"},
+        {"content-type": "application/json", "content-encoding": "gzip"},
+        {"content-encoding": "br"},
+    ],
+)
+async def test_body_that_says_that_it_is_not_plain_json(
+    served: World, http: httpx.AsyncClient, headers: dict[str, str]
+) -> None:
+    response = await http.post(TEXT, content=orjson.dumps(ask(TEXT)), headers=headers)
+    await refused(served, response, 415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"content-type": "Application/JSON; charset=utf-8"},
+        {"content-type": "application/vnd.api+json", "content-encoding": "identity"},
+    ],
+)
+async def test_body_that_is_plain_json(
+    served: World, http: httpx.AsyncClient, headers: dict[str, str]
+) -> None:
+    response = await http.post(TEXT, content=orjson.dumps(ask(TEXT)), headers=headers)
+    assert response.status_code == 200
+
+
+async def test_body_that_does_not_arrive() -> None:
+    async with world(body_timeout_s=0.2) as served:
+        reader, writer = await asyncio.open_connection(*served.server.address.split(":"))
+        writer.write(
+            f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+            f"Authorization: {AUTHORIZATION['authorization']}\r\n\r\n".encode()
+            + b'{"model": '
+        )
+        async with asyncio.timeout(20):
+            head = await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+        assert head.startswith(b"HTTP/1.1 408")
+        record = await served.the_record()
+        assert (record.status, record.error_code) == (408, "request_timeout")
+
+
 async def test_body_at_the_limit() -> None:
     body = orjson.dumps(ask(TEXT, "x" * 5000))
     async with world(max_body_bytes=len(body)) as served, client(served) as http:

@@ -80,6 +80,35 @@ def test_nesting_without_end_is_refused() -> None:
         parse_object(b'{"a":' * 100_000)
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"model": "a", "model": "b"}',
+        b'{"a": [{"b": {"c": 1, "c": 1}}]}',
+        b'{"a" :1,"a"\n:2}',
+        b'{"a": 1, "\\u0061": 2}',
+    ],
+)
+def test_a_field_named_twice_is_refused(raw: bytes) -> None:
+    with pytest.raises(MalformedBody, match="twice"):
+        parse_object(raw)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"a": {"a": [{"a": 1}, {"a": 1}]}},
+        {"a": 'say "a": 1, "a": 2 and "b" : 3'},
+        {'"a":': '\\": "'},
+        {"a": 1e300, "b": 2**64 - 1, "c": -(2**63)},
+    ],
+)
+def test_names_that_only_look_repeated_pass(body: dict[str, Any]) -> None:
+    assert parse_object(orjson.dumps(body)) == body
+    assert parse_object(json.dumps(body, ensure_ascii=True).encode()) == body
+    assert parse_object(json.dumps(body).replace('\\"', "\\u0022").encode()) == body
+
+
 @pytest.mark.parametrize("value", [None, "", 1, ["small"], {}])
 def test_model_must_be_a_name(value: object) -> None:
     with pytest.raises(InvalidRequest) as caught:
