@@ -23,6 +23,9 @@ class RayGatewayMetrics:
             "comp_ai_requests", "Requests ended.", (*_LABELS, "status", "outcome")
         )
         self._refused = Counter("comp_ai_limits_refused", "Requests over a limit.", _LABELS)
+        self._retried = Counter(
+            "comp_ai_retries", "Requests asked again of another replica.", ("model",)
+        )
         self._prompt_tokens = Counter("comp_ai_prompt_tokens", "Prompt tokens.", _LABELS)
         self._completion_tokens = Counter(
             "comp_ai_completion_tokens", "Completion tokens.", _LABELS
@@ -61,3 +64,7 @@ class RayGatewayMetrics:
             self._prompt_tokens.inc(record.prompt_tokens, labels)
         if record.completion_tokens:
             self._completion_tokens.inc(record.completion_tokens, labels)
+
+    def request_retried(self, model_label: str) -> None:
+        """Count it."""
+        self._retried.inc(1, {"model": model_label})

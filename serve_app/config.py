@@ -187,6 +187,14 @@ class GatewayConfig(_Config):
     record_timeout_s: float = Field(
         default=30.0, gt=0, description="Longest wait for the record to be on disk."
     )
+    keep_alive_s: float = Field(
+        default=15.0, gt=0, description="Silence on a stream after which a comment is sent."
+    )
+    client_write_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="Longest wait for a client that takes nothing while its buffers are full.",
+    )
     body_timeout_s: float = Field(
         default=60.0, gt=0, description="Longest wait for a request's body, once it is begun."
     )

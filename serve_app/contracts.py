@@ -60,6 +60,8 @@ class LeaseHint:
     request_id: str
     principal_id: str
     standing: Standing
+    # A replica that has just failed this request; asked for is another one.
+    avoid: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@
         ├── IdempotencyMismatch  422
         ├── RateLimited          429
         ├── ClientGone           499    recorded, never sent
+        │   └── SlowClient
         ├── InternalError        500
         ├── EngineFailed         502
         ├── Unavailable          503
@@ -267,6 +268,17 @@ class ClientGone(RequestError):
     remedy = "nobody is there to read it: it is recorded and never sent"
 
 
+class SlowClient(ClientGone):
+    """The client did not read its answer in time."""
+
+    code = "client_too_slow"
+    cause = (
+        "the client took nothing for `client_write_timeout_s`, while all buffers on the way "
+        "to it were full; the connection was closed and the engine stopped"
+    )
+    remedy = "read the stream as it comes; it is recorded and never sent"
+
+
 class InternalError(RequestError):
     """The service failed. Try again; if it goes on, give the operator the X-Request-ID."""
 
@@ -281,8 +293,11 @@ class EngineFailed(RequestError):
     status = 502
     type = "api_error"
     code = "engine_error"
-    cause = "the replica broke off, failed or could not be reached"
-    remedy = "send it again; nothing is sent again for you"
+    cause = (
+        "the replica broke off after its answer had begun; or it failed before that, and so did "
+        "a second one, or there was none"
+    )
+    remedy = "send it again"
 
 
 class Unavailable(RequestError):

@@ -14,9 +14,16 @@ class GatewayMetrics(Protocol):
         """Count `record`; `model_label` is a configured name, so its values are bounded."""
         ...
 
+    def request_retried(self, model_label: str) -> None:
+        """Count a request that is asked again because its replica failed."""
+        ...
+
 
 class NoMetrics:
     """Counts nothing."""
 
     def request_finished(self, record: RequestRecord, model_label: str) -> None:
+        """Do nothing."""
+
+    def request_retried(self, model_label: str) -> None:
         """Do nothing."""

@@ -10,6 +10,7 @@ import aiohttp
 from serve_app.completions.answers import Reader
 from serve_app.completions.body import Ask
 from serve_app.completions.exchange import Exchange
+from serve_app.completions.parts import Spawn
 from serve_app.completions.upstream import Upstream, engine_error
 from serve_app.contracts import Lease
 from serve_app.errors import EngineFailed, RequestError
@@ -24,10 +25,16 @@ class Attempt:
         lease: Lease,
         session: aiohttp.ClientSession,
         exchange: Exchange,
+        spawn: Spawn,
         *,
         keep_answer: bool,
     ) -> None:
+        self.replica_id = lease.grant.replica_id
+        # Whether anything of the answer was handed on.
+        self.relayed = False
         self._lease = lease
+        self._spawn = spawn
+        self._stopping: asyncio.Task[None] | None = None
         self._ask = ask
         self._exchange = exchange
         self._upstream = Upstream(session, lease.grant)
@@ -56,6 +63,7 @@ class Attempt:
         assert self._reader is not None
         async for chunk in self._upstream.chunks():
             if data := self._read(self._reader, chunk):
+                self.relayed = True
                 yield data
             if (error := self._reader.error) is not None:
                 raise engine_error(error.status, error.message)
@@ -82,7 +90,15 @@ class Attempt:
         return data
 
     async def stop(self) -> None:
-        """End what still runs, so that it tells its usage, and give the lease back."""
+        """End what still runs, so that it tells its usage, and give the lease back; once.
+
+        It goes on where the caller is cancelled, and the next caller waits for its end.
+        """
+        if self._stopping is None:
+            self._stopping = self._spawn(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> None:
         try:
             if self._upstream.answering:
                 await self._cut_short()
@@ -108,8 +124,13 @@ class Attempt:
             return
 
     def account(self) -> None:
-        """Note in the exchange what the engine said that it did."""
+        """Note in the exchange what the engine said that it did.
+
+        After a failed attempt another may follow, whose answer is the one that counts; the
+        tokens of both do.
+        """
         exchange = self._exchange
+        exchange.leave_attempt()
         if self._reader is not None:
             exchange.usage = self._reader.usage
             exchange.finish_reason = self._reader.finish_reason

@@ -9,6 +9,7 @@ byte once the record is safe.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -19,22 +20,31 @@ from starlette.types import Send
 
 from serve_app.completions.attempt import Attempt
 from serve_app.completions.body import Ask, find_model, govern, model_name, parse_object
+from serve_app.completions.elsewhere import open_elsewhere
 from serve_app.completions.exchange import Exchange
 from serve_app.completions.finishing import Finishing
 from serve_app.completions.kinds import Kind
 from serve_app.completions.parts import Document, Download, Handler, OnBehalf, Parts, Spawn
 from serve_app.completions.reply import Reply
 from serve_app.completions.request_body import read_json_body
-from serve_app.config import Bodies, GatewayConfig, Standing
-from serve_app.contracts import LeaseHint
+from serve_app.completions.sse import KEEP_ALIVE, comment
+from serve_app.config import Bodies, GatewayConfig, ModelEntry, Standing
+from serve_app.contracts import Lease, LeaseHint
 from serve_app.errors import (
     ClientGone,
     DeadlineExceeded,
+    EngineFailed,
     ModelNotReady,
     RequestError,
+    SlowClient,
     to_openai,
 )
 from serve_app.identity.principal import Permission, Principal
+
+logger = logging.getLogger(__name__)
+
+# A client that sets it to `trailer` gets the timings at the end of a stream, too.
+TIMING_HEADER = "x-comp-ai-server-timing"
 
 
 class Call:
@@ -52,9 +62,11 @@ class Call:
     ) -> None:
         self._config = config
         self._parts = parts
+        self._spawn = spawn
         self._request = request
         self._on_behalf = on_behalf
-        self._reply = Reply(send)
+        self._reply = Reply(send, config.client_write_timeout_s)
+        self._keeping_alive: asyncio.Task[None] | None = None
         self._attempts: list[Attempt] = []
         self._answer = Document(b"")
         self._body_read = asyncio.Event()
@@ -74,7 +86,11 @@ class Call:
             ask = await self._authorize(kind, principal)
             await self._reserve(principal)
             attempt = await self._lease(principal, ask)
-            await self._relay(attempt, ask)
+            try:
+                await self._relay(attempt, ask)
+            except EngineFailed as failure:
+                again = await self._lease_elsewhere(principal, ask, attempt, failure)
+                await self._relay(again, ask)
 
     async def document(self, handler: Handler) -> None:
         """Answer a signed-in caller where no model is needed."""
@@ -147,17 +163,18 @@ class Call:
         finally:
             exchange.timings.limits_s = time.perf_counter() - begun_s
 
-    async def _lease(self, principal: Principal, ask: Ask) -> Attempt:
+    async def _lease(self, principal: Principal, ask: Ask, avoid: str | None = None) -> Attempt:
         exchange = self.exchange
         hint = LeaseHint(
             request_id=exchange.id.hex,
             principal_id=principal.id,
             standing=self._standing(principal),
+            avoid=avoid,
         )
         begun_s = time.perf_counter()
         try:
             async with asyncio.timeout(self._config.queue_timeout_s):
-                exchange.lease = await self._parts.models.open(ask.model, hint)
+                exchange.lease = await self._open(ask.model, hint)
         except TimeoutError:
             raise ModelNotReady(
                 f"No replica of `{ask.model.name}` had room within "
@@ -165,17 +182,39 @@ class Call:
                 retry_after_s=self._config.queue_timeout_s,
             ) from None
         finally:
-            exchange.timings.queue_s = time.perf_counter() - begun_s
+            exchange.timings.queued(time.perf_counter() - begun_s)
         keep = self._config.bodies is Bodies.FULL
-        attempt = Attempt(ask, exchange.lease, self._parts.session, exchange, keep_answer=keep)
+        attempt = Attempt(
+            ask, exchange.lease, self._parts.session, exchange, self._spawn, keep_answer=keep
+        )
         self._attempts.append(attempt)
         return attempt
+
+    async def _open(self, model: ModelEntry, hint: LeaseHint) -> Lease:
+        if hint.avoid is None:
+            return await self._parts.models.open(model, hint)
+        return await open_elsewhere(self._parts.models, model, hint)
+
+    async def _lease_elsewhere(
+        self, principal: Principal, ask: Ask, failed: Attempt, failure: EngineFailed
+    ) -> Attempt:
+        """Return a second attempt, the last. Raises `failure` where its answer has begun."""
+        if failed.relayed:
+            raise failure
+        if not self._reply.opened:
+            # Until the next replica has taken the request, it may still be refused.
+            self._stop_comments()
+        await failed.stop()
+        logger.warning("replica %s failed before its answer, asking another", failed.replica_id)
+        self._parts.metrics.request_retried(ask.model.name)
+        return await self._lease(principal, ask, avoid=failed.replica_id)
 
     async def _relay(self, attempt: Attempt, ask: Ask) -> None:
         await attempt.open()
         if not ask.stream:
             self._answer = Document(await attempt.whole())
             return
+        self._keep_alive()
         async for data in attempt.stream():
             await self._pass_on(data)
 
@@ -183,6 +222,17 @@ class Call:
         if not self._reply.opened:
             await self._reply.open_stream(self._headers())
         await self._reply.write(data)
+
+    def _keep_alive(self) -> None:
+        """Begin to send comments; not before, because they make the status 200."""
+        self._stop_comments()
+        self._keeping_alive = asyncio.create_task(self._send_comments(), name="keep-alive")
+
+    async def _send_comments(self) -> None:
+        with suppress(SlowClient):
+            while True:
+                await self._reply.silent_for(self._config.keep_alive_s)
+                await self._pass_on(KEEP_ALIVE)
 
     async def _send_parts(self, download: Download) -> None:
         """Send all but the last part, which goes out once the request is recorded."""
@@ -216,25 +266,37 @@ class Call:
         """Undo each step and record the request, once `serving` has ended. Never raises."""
         await asyncio.wait([serving])
         self._finishing.note_end(serving)
+        if isinstance(self.exchange.error, ClientGone):
+            self._stop_comments()
         await self._finishing.run(self._attempts)
+        self._stop_comments()
+
+    def _stop_comments(self) -> None:
+        if self._keeping_alive is not None:
+            self._keeping_alive.cancel()
 
     async def end(self) -> None:
         """Send what is left to send: the last byte, or the error."""
-        error = self.exchange.error
-        if isinstance(error, ClientGone):
+        if isinstance(self.exchange.error, ClientGone):
             return
+        # It is on record; who does not take it now has to ask again.
+        with suppress(SlowClient):
+            await self._end()
+
+    async def _end(self) -> None:
+        error = self.exchange.error
         if self._reply.opened and not self.exchange.stream:
             # Less than the length that was announced, so that a cut download is seen as one.
             await self._reply.end_stream(b"" if error else self._answer.body)
         elif error is not None and self._reply.opened:
             frame = self.exchange.answers.error_frame(to_openai(error))
-            await self._reply.end_stream(frame)
+            await self._reply.end_stream(self._trailer() + frame)
         elif error is not None:
             await self._reply.error(error, self._headers(self.exchange.elapsed_s))
         elif self.exchange.stream:
             if not self._reply.opened:
                 await self._reply.open_stream(self._headers())
-            await self._reply.end_stream(self._attempts[-1].closing)
+            await self._reply.end_stream(self._trailer() + self._attempts[-1].closing)
         else:
             headers = self._headers(self.exchange.elapsed_s)
             await self._reply.whole(self._answer.body, headers, self._answer.media_type)
@@ -250,8 +312,17 @@ class Call:
         self._body_read.set()
         return body
 
+    def _trailer(self) -> bytes:
+        """Return the timings as a comment of the stream, where the client asked for it."""
+        if self._request.headers.get(TIMING_HEADER) != "trailer":
+            return b""
+        return comment(f"server-timing: {self._timing(self.exchange.elapsed_s)}")
+
     def _headers(self, total_s: float | None = None) -> dict[str, str]:
-        return {"server-timing": self.exchange.timings.server_timing(total_s)}
+        return {"server-timing": self._timing(total_s)}
+
+    def _timing(self, total_s: float | None) -> str:
+        return self.exchange.timings.server_timing(total_s)
 
 
 def _client_address(request: Request) -> str | None:

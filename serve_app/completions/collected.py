@@ -55,7 +55,8 @@ class Collected:
             if (seconds := headers.get(b"retry-after")) is not None:
                 self._retry_after_s = float(seconds)
         elif message["type"] == "http.response.body":
-            self._parts.append(message.get("body", b""))
+            # A copy, which lets go of what was sent: there is nobody to wait for.
+            self._parts.append(bytes(message.get("body", b"")))
 
     def answered(self) -> Answered:
         """Return the answer, once all of it was sent."""

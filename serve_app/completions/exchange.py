@@ -25,6 +25,10 @@ class Timings:
     queue_s: float | None = None
     time_to_first_token_s: float | None = None
 
+    def queued(self, seconds: float) -> None:
+        """Add a wait for a replica; a request that is asked twice waits twice."""
+        self.queue_s = (self.queue_s or 0.0) + seconds
+
     def server_timing(self, total_s: float | None = None) -> str:
         """Return the Server-Timing header (https://www.w3.org/TR/server-timing/)."""
         steps = (
@@ -64,6 +68,8 @@ class Exchange:
     last_token_s: float | None = None
     frames: int = 0
     answer: bytearray = field(default_factory=bytearray)
+    # Tokens of an attempt before this one, which failed.
+    lost: Usage = field(default_factory=lambda: Usage(0, 0))
 
     @property
     def elapsed_s(self) -> float:
@@ -84,9 +90,22 @@ class Exchange:
             self.error = error
             self.status = error.status
 
+    def leave_attempt(self) -> None:
+        """Make room for the account of another attempt; what this one cost is kept."""
+        self.lost = self._usage()
+        self.usage, self.finish_reason, self.frames = None, None, 0
+        self.answer = bytearray()
+
+    def _usage(self) -> Usage:
+        counted = self.answers.counted(self.usage, self.frames)
+        return Usage(
+            self.lost.prompt_tokens + counted.prompt_tokens,
+            self.lost.completion_tokens + counted.completion_tokens,
+        )
+
     def record(self, bodies: Bodies) -> RequestRecord:
         """Return the row of this request."""
-        usage = self.answers.counted(self.usage, self.frames)
+        usage = self._usage()
         principal = self.principal
         return RequestRecord(
             id=self.id,

@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
 _BOUNDARY = b"\n\n"
 _PREFIX = b"data: "
 _USAGE = b'"usage":{'
@@ -117,6 +118,11 @@ class StreamReader:
 def error_frame(body: dict[str, Any]) -> bytes:
     """Return an OpenAI error object as a frame; the stream ends after it."""
     return _PREFIX + orjson.dumps(body) + _BOUNDARY
+
+
+def comment(text: str) -> bytes:
+    """Return `text`, one line, as a comment, which readers of the stream pass over."""
+    return f": {text}\n\n".encode()
 
 
 def text_of_stream(data: bytes) -> str:

@@ -120,32 +120,37 @@ class FakeLease:
 
 
 class FakePool:
-    """Opens leases at one replica. `gate` is passed with the slot already taken."""
+    """Opens leases at the replica that holds the fewest, at the first of several.
 
-    def __init__(self, replica: FakeReplica) -> None:
-        self.replica = replica
+    Like Ray it does not look at what a hint would rather avoid. `gate` is passed with the slot
+    already taken.
+    """
+
+    def __init__(self, replica: FakeReplica, *more: FakeReplica) -> None:
+        self.replicas = [replica, *more]
         self.gate = Gate()
         self.error: Exception | None = None
+        self.hints: list[LeaseHint] = []
 
     async def open(self, model: ModelEntry, hint: LeaseHint) -> Lease:
         """See `ModelPool.open`."""
         if self.error is not None:
             raise self.error
+        self.hints.append(hint)
+        replica = min(self.replicas, key=lambda one: len(one.leases))
         granted: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
-        holding = asyncio.create_task(self._hold(granted))
+        holding = asyncio.create_task(self._hold(replica, granted))
         try:
             slot = await granted
             await self.gate.passed()
         except BaseException:
             holding.cancel()
             raise
-        grant = LeaseGrant(
-            address=self.replica.server.address, token=slot.token, replica_id=self.replica.id
-        )
+        grant = LeaseGrant(address=replica.server.address, token=slot.token, replica_id=replica.id)
         return FakeLease(grant, holding)
 
-    async def _hold(self, granted: asyncio.Future[Slot]) -> None:
-        async with self.replica.leases.lease() as slot:
+    async def _hold(self, replica: FakeReplica, granted: asyncio.Future[Slot]) -> None:
+        async with replica.leases.lease() as slot:
             granted.set_result(slot)
             await asyncio.Event().wait()
 
@@ -231,7 +236,7 @@ class Watched:
     """The app as the server sees it: notes what it sends, and can cancel it as Serve does."""
 
     def __init__(self, app: ASGIApp, events: list[str]) -> None:
-        self._app = app
+        self.inner = app
         self._events = events
         self._handling: set[asyncio.Task[Any]] = set()
 
@@ -248,7 +253,7 @@ class Watched:
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self.inner(scope, receive, noted)
         finally:
             self._handling.discard(task)
 
@@ -283,11 +288,14 @@ class World:
         speed: FakeEngineConfig,
         engine_app: ASGIApp | None,
         database: PostgresSettings | None,
+        replicas: int,
     ) -> None:
         self.database = _no_database() if database is None else _pool(database)
         self.events: list[str] = []
         self.replica = FakeReplica("replica-1", speed, engine_app)
-        self.pool = FakePool(self.replica)
+        more = [FakeReplica(f"replica-{n}", speed, None) for n in range(2, replicas + 1)]
+        self.replicas = [self.replica, *more]
+        self.pool = FakePool(self.replica, *more)
         self.limits = BookKeeper()
         self.log = RecordList(self.events)
         self.authenticator = FakeAuthenticator()
@@ -323,8 +331,9 @@ class World:
     async def quiet(self, records: int = 1) -> None:
         """Return once nothing runs and nothing is held, and check that it was undone once."""
         await until(lambda: len(self.records) >= records and not self.app.busy)
-        await until(lambda: self.replica.counters.requests_running == 0)
-        await until(lambda: self.replica.counters.live_leases == 0)
+        for replica in self.replicas:
+            await until(lambda it=replica: it.counters.requests_running == 0)  # type: ignore[misc]
+            await until(lambda it=replica: it.counters.live_leases == 0)  # type: ignore[misc]
         assert len(self.records) == records
         assert self.limits.book.held("user-1") == 0
         assert set(self.limits.settled.values()) <= {1}
@@ -339,9 +348,10 @@ class World:
 
     def assert_accounts_add_up(self) -> None:
         """Check that the records hold the tokens that the engine counted."""
-        counters = self.replica.counters
-        assert sum(r.prompt_tokens for r in self.records) == counters.prompt_tokens
-        assert sum(r.completion_tokens for r in self.records) == counters.completion_tokens
+        counted = [replica.counters for replica in self.replicas]
+        for name in ("prompt_tokens", "completion_tokens"):
+            recorded = sum(getattr(row, name) for row in self.records)
+            assert recorded == sum(getattr(counters, name) for counters in counted)
 
 
 FAST = FakeEngineConfig(time_to_first_token_s=0.0, time_per_token_s=0.0005)
@@ -352,16 +362,18 @@ async def world(
     speed: FakeEngineConfig = FAST,
     engine_app: ASGIApp | None = None,
     database: PostgresSettings | None = None,
+    replicas: int = 1,
     **config: Any,
 ) -> AsyncIterator[World]:
-    """Serve a gateway and a replica until the block ends; `config` is the gateway's policy.
+    """Serve a gateway and replicas until the block ends; `config` is the gateway's policy.
 
-    Without `database` the gateway's PostgreSQL is away.
+    `engine_app` stands in the place of the first replica's engine. Without `database` the
+    gateway's PostgreSQL is away.
     """
     models = [{"name": "small", "app": "model-small", "max_tokens": 2000}]
     policy = GatewayConfig.model_validate({"models": models, **config})
-    made = World(policy, speed, engine_app, database)
-    servers = (made.replica.server, made.server)
+    made = World(policy, speed, engine_app, database, replicas)
+    servers = (*(replica.server for replica in made.replicas), made.server)
     await asyncio.gather(*(server.start() for server in servers))
     try:
         yield made

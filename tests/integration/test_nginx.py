@@ -262,6 +262,7 @@ def test_only_the_headers_of_the_list_reach_the_gateway(door: Any, upstream: Any
             "authorization": "Bearer key",
             "content-type": "application/json",
             "traceparent": "00-1-1-01",
+            "x-comp-ai-server-timing": "trailer",
             "x-forwarded-for": "1.2.3.4",
             "x-forwarded-proto": "https",
             "x-real-ip": "1.2.3.4",
@@ -273,6 +274,7 @@ def test_only_the_headers_of_the_list_reach_the_gateway(door: Any, upstream: Any
     assert seen["headers"]["authorization"] == "Bearer key"
     assert seen["headers"]["content-type"] == "application/json"
     assert seen["headers"]["traceparent"] == "00-1-1-01"
+    assert seen["headers"]["x-comp-ai-server-timing"] == "trailer"
     for name in ("x-forwarded-for", "x-real-ip"):
         assert seen["headers"][name] == "127.0.0.1"
     assert seen["headers"]["x-forwarded-proto"] == "http"
