@@ -205,7 +205,9 @@ class IdempotencyConflict(RequestError):
     code = "idempotency_key_in_use"
     cause = "the first request with this key is still being answered"
     remedy = "wait for as long as `Retry-After` says and send the same again; you get its answer"
-    retry_after = "as long as the first request has taken until now, 30 at most"
+    retry_after: ClassVar[str | None] = (
+        "as long as the first request has taken until now, 30 at most"
+    )
 
 
 class AnswerNotKept(IdempotencyConflict):
@@ -214,7 +216,7 @@ class AnswerNotKept(IdempotencyConflict):
     code = "idempotency_answer_not_kept"
     cause = "the answer was longer than `max_stored_bytes`, so it could go out only once"
     remedy = "send it with a new key, and it is generated again"
-    retry_after = None
+    retry_after: ClassVar[str | None] = None
 
 
 class BodyTooLarge(RequestError):
