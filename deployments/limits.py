@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from ray import serve
 
-from serve_app.contracts import ReservationRequest
-from serve_app.limits.book import LimitBook, Refusal
+from serve_app.contracts import Allowance, ReservationRequest
+from serve_app.limits.book import LimitBook
 
 
 @serve.deployment(
@@ -25,7 +25,7 @@ class Limits:
     def __init__(self) -> None:
         self._book = LimitBook(time.monotonic)
 
-    async def reserve(self, request: ReservationRequest) -> Refusal | None:
+    async def reserve(self, request: ReservationRequest) -> Allowance:
         """See `LimitBook.reserve`."""
         return self._book.reserve(request)
 

@@ -21,7 +21,7 @@ from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, Replica
 
 from deployments.applications import ServedApplications, StatusUnknown
 from serve_app.config import LimitPolicy, ModelEntry
-from serve_app.contracts import Lease, LeaseGrant, LeaseHint, ReservationRequest
+from serve_app.contracts import Allowance, Lease, LeaseGrant, LeaseHint, ReservationRequest
 from serve_app.errors import (
     LimitsUnavailable,
     LogUnavailable,
@@ -29,7 +29,6 @@ from serve_app.errors import (
     ModelOverloaded,
     RequestError,
 )
-from serve_app.limits.book import Refusal
 from serve_app.records import RequestRecord
 
 logger = logging.getLogger(__name__)
@@ -82,21 +81,21 @@ class RayLimitKeeper:
 
     async def reserve(
         self, reservation_id: uuid.UUID, principal_id: str, policy: LimitPolicy
-    ) -> None:
+    ) -> Allowance:
         """See `LimitKeeper.reserve`."""
         request = ReservationRequest(id=reservation_id, principal_id=principal_id, policy=policy)
-        refusal = await self._reserve(request)
-        if refusal is not None:
-            raise refusal.error()
-        self._held[reservation_id] = principal_id
+        allowance = await self._reserve(request)
+        if allowance.refusal is None:
+            self._held[reservation_id] = principal_id
+        return allowance
 
-    async def _reserve(self, request: ReservationRequest) -> Refusal | None:
+    async def _reserve(self, request: ReservationRequest) -> Allowance:
         try:
             async with asyncio.timeout(_RESERVE_TIMEOUT_S):
                 async for attempt in _attempts():
                     async with attempt(LimitsUnavailable, LimitsUnavailable):
-                        refusal: Refusal | None = await self._handle.reserve.remote(request)
-                        return refusal
+                        allowance: Allowance = await self._handle.reserve.remote(request)
+                        return allowance
         except TimeoutError:
             pass
         raise LimitsUnavailable(retry_after_s=_RESERVE_TIMEOUT_S)

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from dataclasses import dataclass
 from typing import Protocol
 
 from serve_app.config import LimitPolicy, ModelEntry, Standing
+from serve_app.errors import RateLimited
 from serve_app.records import RequestRecord
 
 
@@ -34,16 +36,52 @@ class ReservationRequest:
     policy: LimitPolicy
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a reservation was not granted."""
+
+    limit: str
+    allowed: int
+    retry_after_s: float
+
+    def error(self) -> RateLimited:
+        """Return the error that the client gets."""
+        return RateLimited(
+            f"The limit of {self.allowed} {self.limit} is reached. "
+            f"Try again in {math.ceil(self.retry_after_s)} s.",
+            retry_after_s=self.retry_after_s,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """One limit as it stands: what it allows, what is left, when all of it is there again."""
+
+    limit: int
+    remaining: int
+    reset_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allowance:
+    """What became of a reservation, and how the principal's limits stand after it.
+
+    `requests` is None where requests are not limited.
+    """
+
+    refusal: Refusal | None = None
+    requests: Window | None = None
+
+
 class LimitKeeper(Protocol):
     """The counters that hold across gateways."""
 
     async def reserve(
         self, reservation_id: uuid.UUID, principal_id: str, policy: LimitPolicy
-    ) -> None:
-        """Take one request from the principal's limits; safe to repeat.
+    ) -> Allowance:
+        """Take one request from the principal's limits, or say why not; safe to repeat.
 
         Raises:
-            RateLimited: a limit is reached; carries when to try again.
             LimitsUnavailable: the counters cannot be reached.
         """
         ...

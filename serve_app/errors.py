@@ -257,7 +257,10 @@ class RateLimited(RequestError):
     code = "rate_limit_exceeded"
     cause = "a limit of the principal, or nginx's limit for one client address"
     remedy = "wait for as long as `Retry-After` says"
-    retry_after = "requests a minute: until a place is free in the window; concurrency: 1"
+    retry_after = (
+        "requests a minute: until a place is free in the window; concurrency: until the oldest "
+        "request should end, as this principal's requests go"
+    )
 
 
 class ClientGone(RequestError):

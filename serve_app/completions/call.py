@@ -40,6 +40,7 @@ from serve_app.errors import (
     to_openai,
 )
 from serve_app.identity.principal import Permission, Principal
+from serve_app.limits.headers import ratelimit_headers
 
 logger = logging.getLogger(__name__)
 
@@ -159,9 +160,12 @@ class Call:
         exchange.reserving = True
         begun_s = time.perf_counter()
         try:
-            await self._parts.limits.reserve(exchange.id, principal.id, policy)
+            allowance = await self._parts.limits.reserve(exchange.id, principal.id, policy)
         finally:
             exchange.timings.limits_s = time.perf_counter() - begun_s
+        exchange.allowance = allowance
+        if allowance.refusal is not None:
+            raise allowance.refusal.error()
 
     async def _lease(self, principal: Principal, ask: Ask, avoid: str | None = None) -> Attempt:
         exchange = self.exchange
@@ -319,7 +323,8 @@ class Call:
         return comment(f"server-timing: {self._timing(self.exchange.elapsed_s)}")
 
     def _headers(self, total_s: float | None = None) -> dict[str, str]:
-        return {"server-timing": self._timing(total_s)}
+        allowance = self.exchange.allowance
+        return {"server-timing": self._timing(total_s), **ratelimit_headers(allowance)}
 
     def _timing(self, total_s: float | None) -> str:
         return self.exchange.timings.server_timing(total_s)

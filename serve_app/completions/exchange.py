@@ -10,7 +10,7 @@ from datetime import datetime
 from serve_app.completions.answers import Answers
 from serve_app.completions.sse import Usage
 from serve_app.config import Bodies
-from serve_app.contracts import Lease
+from serve_app.contracts import Allowance, Lease
 from serve_app.errors import ClientGone, DeadlineExceeded, InternalError, RequestError
 from serve_app.identity.principal import Principal
 from serve_app.records import Outcome, RequestRecord, new_id, utc_now
@@ -59,6 +59,7 @@ class Exchange:
     request_body: bytes | None = None
     # Set before the call goes out, so that a request that dies in it still gives back.
     reserving: bool = False
+    allowance: Allowance = field(default_factory=Allowance)
     lease: Lease | None = None
     status: int = 200
     error: RequestError | None = None

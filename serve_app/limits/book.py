@@ -7,42 +7,37 @@ the limit for each principal.
 
 from __future__ import annotations
 
-import math
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from serve_app.contracts import ReservationRequest
-from serve_app.errors import RateLimited
+from serve_app.contracts import Allowance, Refusal, ReservationRequest, Window
 
 WINDOW_S = 60.0
+# Where nothing is known yet of how long the requests of a principal take.
 _BUSY_RETRY_S = 1.0
+# Of the latest request in the mean duration.
+_LATEST_SHARE = 0.2
 # A settle can overtake its reserve on the way here; the id is remembered for this long.
 _TOMBSTONE_S = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """Why a reservation was not granted."""
-
-    limit: str
-    allowed: int
-    retry_after_s: float
-
-    def error(self) -> RateLimited:
-        """Return the error that the client gets."""
-        return RateLimited(
-            f"The limit of {self.allowed} {self.limit} is reached. "
-            f"Try again in {math.ceil(self.retry_after_s)} s.",
-            retry_after_s=self.retry_after_s,
-        )
 
 
 @dataclass(slots=True)
 class _Account:
     granted_s: deque[float] = field(default_factory=deque)
-    held: set[uuid.UUID] = field(default_factory=set)
+    # id → when it began; the oldest comes first.
+    held: dict[uuid.UUID, float] = field(default_factory=dict)
+    # How long its requests take, the latest counting most; None before the first has ended.
+    duration_s: float | None = None
+
+    def ended(self, reservation_id: uuid.UUID, now: float) -> None:
+        """Note that a request is over, where it is one of those held."""
+        if (begun_s := self.held.get(reservation_id)) is None:
+            return
+        took_s = now - begun_s
+        known_s = took_s if self.duration_s is None else self.duration_s
+        self.duration_s = known_s + _LATEST_SHARE * (took_s - known_s)
 
 
 class LimitBook:
@@ -56,22 +51,26 @@ class LimitBook:
         self._owner: OrderedDict[uuid.UUID, tuple[str, float]] = OrderedDict()
         self._settled_s: OrderedDict[uuid.UUID, float] = OrderedDict()
 
-    def reserve(self, request: ReservationRequest) -> Refusal | None:
-        """Grant a reservation (None) or say why not. A repeated id is granted once."""
+    def reserve(self, request: ReservationRequest) -> Allowance:
+        """Grant a reservation or say why not. A repeated id is granted once."""
         now = self._clock_s()
         self._expire(now)
-        if request.id in self._owner or request.id in self._settled_s:
-            return None
         account = self._accounts.setdefault(request.principal_id, _Account())
-        if (refusal := _refusal(account, request, now)) is not None:
-            return refusal
-        account.granted_s.append(now)
-        self._hold(request.id, request.principal_id, now)
-        return None
+        _trim(account, now)
+        refusal = None
+        if request.id not in self._owner and request.id not in self._settled_s:
+            refusal = _refusal(account, request, now)
+            if refusal is None:
+                account.granted_s.append(now)
+                self._hold(request.id, request.principal_id, now)
+        return Allowance(refusal=refusal, requests=_requests(account, request, now))
 
     def settle(self, reservation_id: uuid.UUID) -> None:
         """Give back what ends with the request; the window keeps its time stamp."""
-        self._settled_s[reservation_id] = self._clock_s()
+        now = self._clock_s()
+        self._settled_s[reservation_id] = now
+        if (owner := self._owner.get(reservation_id)) is not None:
+            self._accounts[owner[0]].ended(reservation_id, now)
         self._release(reservation_id)
 
     def renew(self, held: Iterable[tuple[uuid.UUID, str]]) -> None:
@@ -93,12 +92,12 @@ class LimitBook:
     def _hold(self, reservation_id: uuid.UUID, principal_id: str, now: float) -> None:
         self._owner[reservation_id] = (principal_id, now)
         self._owner.move_to_end(reservation_id)
-        self._accounts.setdefault(principal_id, _Account()).held.add(reservation_id)
+        self._accounts.setdefault(principal_id, _Account()).held.setdefault(reservation_id, now)
 
     def _release(self, reservation_id: uuid.UUID) -> None:
         principal_id, _ = self._owner.pop(reservation_id, ("", 0.0))
         if (account := self._accounts.get(principal_id)) is not None:
-            account.held.discard(reservation_id)
+            account.held.pop(reservation_id, None)
 
     def _expire(self, now: float) -> None:
         while self._settled_s:
@@ -126,9 +125,10 @@ def _refusal(account: _Account, request: ReservationRequest, now: float) -> Refu
     policy = request.policy
     if policy.concurrency is not None and len(account.held) >= policy.concurrency:
         return Refusal(
-            limit="concurrent requests", allowed=policy.concurrency, retry_after_s=_BUSY_RETRY_S
+            limit="concurrent requests",
+            allowed=policy.concurrency,
+            retry_after_s=_until_one_ends(account, now),
         )
-    _trim(account, now)
     allowed = policy.requests_per_minute
     if allowed is not None and len(account.granted_s) >= allowed:
         # A place is free when the grant that fills the last place leaves the window.
@@ -137,6 +137,27 @@ def _refusal(account: _Account, request: ReservationRequest, now: float) -> Refu
             limit="requests per minute", allowed=allowed, retry_after_s=max(0.0, leaves_s - now)
         )
     return None
+
+
+def _until_one_ends(account: _Account, now: float) -> float:
+    """Return when the oldest request should be over, as its principal's requests go."""
+    if account.duration_s is None:
+        return _BUSY_RETRY_S
+    left_s = account.duration_s - (now - next(iter(account.held.values())))
+    # It takes longer than most. Of many, one ends about this often.
+    return left_s if left_s > 0 else account.duration_s / len(account.held)
+
+
+def _requests(account: _Account, request: ReservationRequest, now: float) -> Window | None:
+    allowed = request.policy.requests_per_minute
+    if allowed is None:
+        return None
+    granted = account.granted_s
+    return Window(
+        limit=allowed,
+        remaining=max(0, allowed - len(granted)),
+        reset_s=granted[-1] + WINDOW_S - now if granted else 0.0,
+    )
 
 
 def _trim(account: _Account, now: float) -> None:

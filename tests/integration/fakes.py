@@ -24,7 +24,7 @@ from serve_app.completions.gateway import Gateway
 from serve_app.completions.parts import Parts
 from serve_app.completions.upstream import new_session
 from serve_app.config import GatewayConfig, LimitPolicy, ModelEntry
-from serve_app.contracts import Lease, LeaseGrant, LeaseHint, ReservationRequest
+from serve_app.contracts import Allowance, Lease, LeaseGrant, LeaseHint, ReservationRequest
 from serve_app.engine_counters import EngineCounters
 from serve_app.errors import (
     AuthenticationFailed,
@@ -171,17 +171,17 @@ class BookKeeper:
 
     async def reserve(
         self, reservation_id: uuid.UUID, principal_id: str, policy: LimitPolicy
-    ) -> None:
+    ) -> Allowance:
         """See `LimitKeeper.reserve`."""
         if self.error is not None:
             raise self.error
-        refusal = self.book.reserve(
+        allowance = self.book.reserve(
             ReservationRequest(id=reservation_id, principal_id=principal_id, policy=policy)
         )
-        if refusal is not None:
-            raise refusal.error()
-        self.reserved[reservation_id] += 1
-        await self.gate.passed()
+        if allowance.refusal is None:
+            self.reserved[reservation_id] += 1
+            await self.gate.passed()
+        return allowance
 
     async def settle(self, reservation_id: uuid.UUID) -> None:
         """See `LimitKeeper.settle`."""

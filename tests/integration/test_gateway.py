@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -407,6 +408,30 @@ async def test_rate_limit(stream: bool) -> None:
         assert 1 <= retry_after_s <= 60
         assert f"{retry_after_s} s" in error["message"]
         assert served.records[0].outcome is Outcome.REFUSED
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_answers_tell_what_is_left_of_the_limit(stream: bool) -> None:
+    async with (
+        world(limits={"default": {"requests_per_minute": 2}}) as served,
+        client(served) as http,
+    ):
+        left = []
+        for _ in range(3):
+            response = await http.post(TEXT, json=ask(TEXT, stream=stream))
+            assert response.headers["x-ratelimit-limit-requests"] == "2"
+            assert re.fullmatch(
+                r"\d+(\.\d+)?s|1m0s", response.headers["x-ratelimit-reset-requests"]
+            )
+            left.append((response.status_code, response.headers["x-ratelimit-remaining-requests"]))
+        assert left == [(200, "1"), (200, "0"), (429, "0")]
+        models = await http.get("/v1/models")
+        assert "x-ratelimit-limit-requests" not in models.headers  # it takes nothing
+
+
+async def test_no_limit_is_not_told(served: World, http: httpx.AsyncClient) -> None:
+    response = await http.post(TEXT, json=ask(TEXT))
+    assert not [name for name in response.headers if name.startswith("x-ratelimit")]
 
 
 async def test_concurrency_limit() -> None:

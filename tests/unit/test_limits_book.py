@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.config import LimitPolicy
-from serve_app.contracts import ReservationRequest
-from serve_app.limits.book import WINDOW_S, LimitBook, Refusal
+from serve_app.contracts import Refusal, ReservationRequest, Window
+from serve_app.limits.book import WINDOW_S, LimitBook
+from serve_app.limits.headers import duration_text
 
 RENEWAL_TIMEOUT_S = 15.0
 
@@ -47,7 +48,7 @@ class Book(LimitBook):
                 principal_id=principal,
                 policy=policy,
             )
-        )
+        ).refusal
 
 
 @pytest.fixture
@@ -268,3 +269,93 @@ def test_a_window_holds_no_more_stamps_than_the_limit(book: Book) -> None:
         book.clock.now_s += WINDOW_S / 10
         book.take(LimitPolicy(requests_per_minute=3))
     assert len(book._accounts["u"].granted_s) <= 3
+
+
+# What is told of the limits.
+
+
+def test_allowance_tells_what_is_left(book: Book) -> None:
+    policy = LimitPolicy(requests_per_minute=2)
+
+    def told() -> Window | None:
+        request = ReservationRequest(id=uuid.uuid4(), principal_id="u", policy=policy)
+        return book.reserve(request).requests
+
+    assert told() == Window(limit=2, remaining=1, reset_s=60.0)
+    book.clock.now_s += 10
+    assert told() == Window(limit=2, remaining=0, reset_s=60.0)
+    book.clock.now_s += 10
+    # Refused: nothing is taken, and all of it is back when the second leaves the window.
+    assert told() == Window(limit=2, remaining=0, reset_s=50.0)
+    book.clock.now_s += 60
+    assert told() == Window(limit=2, remaining=1, reset_s=60.0)
+
+
+def test_nothing_is_told_of_what_is_not_limited(book: Book) -> None:
+    request = ReservationRequest(id=uuid.uuid4(), principal_id="u", policy=NO_LIMIT)
+    assert book.reserve(request).requests is None
+
+
+def test_busy_principal_is_told_when_its_oldest_request_should_end(book: Book) -> None:
+    first = book.take(ONE_AT_ONCE)
+    assert first is None
+    unknown = book.take(ONE_AT_ONCE)
+    assert unknown is not None
+    assert unknown.retry_after_s == 1.0  # nothing is known yet
+
+    book = Book()
+    earlier = uuid.uuid4()
+    book.take(ONE_AT_ONCE, earlier)
+    book.clock.now_s += 8
+    book.settle(earlier)
+    book.take(ONE_AT_ONCE)
+    book.clock.now_s += 3
+    busy = book.take(ONE_AT_ONCE)
+    assert busy is not None
+    assert busy.retry_after_s == 5.0
+    book.clock.now_s += 10
+    overdue = book.take(ONE_AT_ONCE)
+    assert overdue is not None
+    assert overdue.retry_after_s == 8.0
+
+
+def test_latest_requests_count_most_for_the_time_to_wait(book: Book) -> None:
+    for seconds in (10, 20):
+        one = uuid.uuid4()
+        book.take(ONE_AT_ONCE, one)
+        book.clock.now_s += seconds
+        book.settle(one)
+    book.take(ONE_AT_ONCE)
+    busy = book.take(ONE_AT_ONCE)
+    assert busy is not None
+    assert busy.retry_after_s == pytest.approx(12.0)
+
+
+def test_settle_that_comes_twice_counts_once(book: Book) -> None:
+    one = uuid.uuid4()
+    book.take(ONE_AT_ONCE, one)
+    book.clock.now_s += 4
+    book.settle(one)
+    book.clock.now_s += 4
+    book.settle(one)
+    book.take(ONE_AT_ONCE)
+    busy = book.take(ONE_AT_ONCE)
+    assert busy is not None
+    assert busy.retry_after_s == 4.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (0.0004, "1ms"),
+        (0.12, "120ms"),
+        (1, "1s"),
+        (8.64, "8.64s"),
+        (59.9996, "1m0s"),
+        (360, "6m0s"),
+        (3661.5, "1h1m1.5s"),
+    ],
+)
+def test_reset_is_written_as_openai_writes_it(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
