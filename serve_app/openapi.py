@@ -27,6 +27,10 @@ _HEADERS: dict[str, dict[str, Any]] = {
         "schema": {"type": "integer", "minimum": 1},
     },
     "Allow": {"schema": {"type": "string"}},
+    "Idempotent-Replayed": {
+        "description": "On an answer that was kept for a retry.",
+        "schema": {"type": "string", "const": "true"},
+    },
     "WWW-Authenticate": {"schema": {"type": "string", "const": "Bearer"}},
 }
 _ALWAYS = ("X-Request-ID", "Server-Timing")
@@ -177,6 +181,16 @@ _EXAMPLES: dict[Kind, dict[str, Any]] = {
 }
 
 
+_IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "Names the request, so that it can be sent again and is answered once.",
+    # Also takes the key in quotes, as RFC 9651 writes a string.
+    "schema": {"type": "string", "pattern": "^[!#-~]{1,255}$"},
+}
+
+
 def completion_docs(kind: Kind) -> dict[str, Any]:
     """Return what FastAPI is told of an endpoint whose body it does not parse."""
     endpoint = kind.endpoint
@@ -196,6 +210,7 @@ def completion_docs(kind: Kind) -> dict[str, Any]:
         "operation_id": f"create_{endpoint.route.replace('.', '_')}",
         "openapi_extra": {
             "requestBody": {"required": True, "content": content},
-            "responses": {"200": {"headers": headers(), "content": stream}},
+            "responses": {"200": {"headers": headers("Idempotent-Replayed"), "content": stream}},
+            "parameters": [_IDEMPOTENCY_KEY],
         },
     }

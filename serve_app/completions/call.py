@@ -1,6 +1,6 @@
 """The path of one request.
 
-    authenticate → authorize → reserve → lease → relay → settle → record
+    authenticate → authorize → claim → reserve → lease → relay → settle → record → keep
 
 `Call.complete` is the way there, `Call.finish` the way back, and `Call.end` sends the last
 byte once the record is safe.
@@ -23,6 +23,7 @@ from serve_app.completions.body import Ask, find_model, govern, model_name, pars
 from serve_app.completions.elsewhere import open_elsewhere
 from serve_app.completions.exchange import Exchange
 from serve_app.completions.finishing import Finishing
+from serve_app.completions.keyed import Keyed
 from serve_app.completions.kinds import Kind
 from serve_app.completions.parts import Document, Download, Handler, OnBehalf, Parts, Spawn
 from serve_app.completions.reply import Reply
@@ -76,6 +77,7 @@ class Call:
             request_id=request.headers.get("x-request-id", ""),
             client_address=_client_address(request),
         )
+        self._keyed = Keyed(config, parts.database, self.exchange)
         self._finishing = Finishing(config, parts, spawn, self.exchange)
 
     # The way there.
@@ -85,6 +87,8 @@ class Call:
         async with self._deadline():
             principal = await self._authenticate()
             ask = await self._authorize(kind, principal)
+            if await self._keyed.claim(self._request.headers, principal):
+                return
             await self._reserve(principal)
             attempt = await self._lease(principal, ask)
             try:
@@ -273,6 +277,8 @@ class Call:
         if isinstance(self.exchange.error, ClientGone):
             self._stop_comments()
         await self._finishing.run(self._attempts)
+        with self._finishing.tried("keep"):
+            await self._keyed.end(self._answer, self._attempts)
         self._stop_comments()
 
     def _stop_comments(self) -> None:
@@ -297,6 +303,8 @@ class Call:
             await self._reply.end_stream(self._trailer() + frame)
         elif error is not None:
             await self._reply.error(error, self._headers(self.exchange.elapsed_s))
+        elif (replay := self._keyed.replay) is not None:
+            await self._reply.again(replay, self._headers(self.exchange.elapsed_s))
         elif self.exchange.stream:
             if not self._reply.opened:
                 await self._reply.open_stream(self._headers())

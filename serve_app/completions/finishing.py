@@ -54,20 +54,20 @@ class Finishing:
     async def run(self, attempts: Sequence[Attempt]) -> None:
         """Stop the engine, settle and record. Never raises."""
         for attempt in attempts:
-            with self._tried("stop"):
+            with self.tried("stop"):
                 await attempt.stop()
-            with self._tried("account"):
+            with self.tried("account"):
                 attempt.account()
         await asyncio.gather(self._settle(), self._record())
 
     async def _settle(self) -> None:
         if self._exchange.reserving:
-            with self._tried("settle"):
+            with self.tried("settle"):
                 await self._parts.limits.settle(self._exchange.id)
 
     async def _record(self) -> None:
         record: RequestRecord | None = None
-        with self._tried("record"):
+        with self.tried("record"):
             record = self._exchange.record(self._config.bodies)
         if record is None:
             self._exchange.fail(InternalError())
@@ -80,7 +80,7 @@ class Finishing:
         self._report(record)
 
     async def _append(self, record: RequestRecord) -> bool:
-        with self._tried("append"):
+        with self.tried("append"):
             try:
                 async with asyncio.timeout(self._config.record_timeout_s):
                     await self._parts.log.append(record)
@@ -92,9 +92,9 @@ class Finishing:
 
     def _report(self, record: RequestRecord) -> None:
         label = self._model_label()
-        with self._tried("metrics"):
+        with self.tried("metrics"):
             self._parts.metrics.request_finished(record, label)
-        with self._tried("request line"):
+        with self.tried("request line"):
             self._parts.lines.write(record, label)
 
     def _model_label(self) -> str:
@@ -103,7 +103,8 @@ class Finishing:
             return _NO_MODEL
         return name if self._config.model(name) is not None else _OTHER_MODEL
 
-    def _tried(self, step: str) -> _Tried:
+    def tried(self, step: str) -> _Tried:
+        """Return a block after which the work goes on, whatever fails inside."""
         return _Tried(f"{step} of request {self._exchange.id}")
 
 

@@ -11,10 +11,12 @@ from starlette.types import Message, Send
 
 from serve_app.completions.flow import Flow
 from serve_app.errors import RequestError, SlowClient, to_openai
+from serve_app.stored.idempotency import REPLAYED, StoredAnswer
 
 _JSON = {"content-type": "application/json"}
+STREAM_TYPE = "text/event-stream; charset=utf-8"
 _STREAM = {
-    "content-type": "text/event-stream; charset=utf-8",
+    "content-type": STREAM_TYPE,
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
@@ -73,6 +75,12 @@ class Reply:
     ) -> None:
         """Send a complete answer."""
         await self._complete(200, body, {"content-type": media_type, **headers})
+
+    async def again(self, answer: StoredAnswer, headers: Mapping[str, str]) -> None:
+        """Send an answer that was kept; a stream as one, in one part."""
+        stream = _STREAM if answer.media_type == STREAM_TYPE else {}
+        extra = {**stream, **headers, **REPLAYED, "content-type": answer.media_type}
+        await self._complete(answer.status, answer.body, extra)
 
     async def error(self, error: RequestError, headers: Mapping[str, str]) -> None:
         """Send `error` as a complete OpenAI error answer."""

@@ -1,0 +1,69 @@
+"""What an Idempotency-Key changes on the path of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+
+from serve_app.completions.attempt import Attempt
+from serve_app.completions.exchange import Exchange
+from serve_app.completions.parts import Document
+from serve_app.completions.reply import STREAM_TYPE
+from serve_app.config import Bodies, GatewayConfig
+from serve_app.errors import UnsupportedParameter
+from serve_app.identity.principal import Principal
+from serve_app.lazy_pool import LazyPool
+from serve_app.stored import idempotency
+from serve_app.stored.idempotency import Claim, KeyUse, StoredAnswer, read_key
+
+_NO_KEYS = (
+    "This service keeps no answers (`bodies: none`), so it cannot send one again. "
+    "Leave out Idempotency-Key."
+)
+
+
+class Keyed:
+    """The hold of one request on its key; without a key nothing happens here."""
+
+    def __init__(self, config: GatewayConfig, database: LazyPool, exchange: Exchange) -> None:
+        self._config = config
+        self._database = database
+        self._exchange = exchange
+        self._claim: Claim | None = None
+        self.replay: StoredAnswer | None = None
+
+    async def claim(self, headers: Headers, principal: Principal) -> bool:
+        """Claim the key that `headers` name; True if its answer is there, in `replay`.
+
+        Raises:
+            InvalidRequest: what stands there is no key, or the policy forbids to keep answers.
+            IdempotencyConflict, IdempotencyMismatch, AnswerNotKept, StoreUnavailable:
+                see `Claim.take`.
+        """
+        key = read_key(headers.getlist(idempotency.HEADER))
+        if key is None:
+            return False
+        if self._config.bodies is Bodies.NONE:
+            raise UnsupportedParameter(_NO_KEYS, param="Idempotency-Key")
+        exchange = self._exchange
+        use = KeyUse.of(principal.id, key, exchange.route, exchange.request_body or b"")
+        self._claim = Claim(self._database, self._config.idempotency, use)
+        self.replay = await self._claim.take()
+        return self.replay is not None
+
+    async def end(self, answer: Document, attempts: Sequence[Attempt]) -> None:
+        """Keep a whole answer for who asks again; after anything else the key is free again."""
+        if self._claim is None or self.replay is not None:
+            return
+        if self._exchange.error is not None:
+            await self._claim.release()
+        else:
+            await self._claim.keep(self._sent(answer, attempts))
+
+    def _sent(self, answer: Document, attempts: Sequence[Attempt]) -> StoredAnswer:
+        if not self._exchange.stream:
+            return StoredAnswer(status=200, media_type=answer.media_type, body=answer.body)
+        # Without the comments that kept it alive: they said that it was not there yet.
+        stream = bytes(self._exchange.answer) + attempts[-1].closing
+        return StoredAnswer(status=200, media_type=STREAM_TYPE, body=stream)
