@@ -10,7 +10,16 @@ from collections.abc import Callable, Mapping
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatusOverview, ServeStatus
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatus,
+    DeploymentStatusOverview,
+    ReplicaState,
+    ServeStatus,
+)
+
+from serve_app.contracts import ModelState
 
 logger = logging.getLogger(__name__)
 
@@ -73,3 +82,36 @@ class ServedApplications:
             logger.warning("no status of the applications: empty")
             return
         self._known, self._known_at_s = status.applications, self._clock_s()
+
+
+def state_of(app: ApplicationStatusOverview | None) -> ModelState:
+    """Return how a model is whose application Serve describes so; None is none."""
+    if app is None or app.status is ApplicationStatus.DELETING:
+        return ModelState.ABSENT
+    if app.status is ApplicationStatus.DEPLOY_FAILED:
+        return ModelState.FAILED
+    # While it is being built, an application has no deployments yet.
+    if not app.deployments:
+        return ModelState.STARTING
+    states = {_state_of(deployment) for deployment in app.deployments.values()}
+    return max(states, key=_FROM_BEST_TO_WORST.index)
+
+
+_FROM_BEST_TO_WORST = (
+    ModelState.SERVING,
+    ModelState.ASLEEP,
+    ModelState.STARTING,
+    ModelState.FAILED,
+)
+_FAILED = (DeploymentStatus.UNHEALTHY, DeploymentStatus.DEPLOY_FAILED)
+
+
+def _state_of(deployment: DeploymentStatusOverview) -> ModelState:
+    states = deployment.replica_states
+    if states.get(ReplicaState.RUNNING, 0) > 0:
+        return ModelState.SERVING
+    if deployment.status in _FAILED:
+        return ModelState.FAILED
+    # Without any replica and healthy it is scaled to zero: the next request starts one.
+    asleep = not states and deployment.status is DeploymentStatus.HEALTHY
+    return ModelState.ASLEEP if asleep else ModelState.STARTING

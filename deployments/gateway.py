@@ -26,6 +26,7 @@ from serve_app.http_app import Check, create_app
 from serve_app.identity.authenticator import build_authenticator
 from serve_app.lazy_pool import build_pool
 from serve_app.log_setup import log_as_json
+from serve_app.queueing.pool import QueuedPool
 from serve_app.request_line import RequestLines
 from serve_app.settings import load_settings
 from serve_app.stored.sweeper import Sweeper
@@ -77,13 +78,15 @@ class Gateway:
         self._limits = RayLimitKeeper(limits)
         self._limits.start()
         self._log = RayRecordSink(request_log)
-        self._models = RayModelPool()
+        metrics = RayGatewayMetrics()
+        self._models = QueuedPool(RayModelPool(), metrics)
+        self._models.start()
         self._parts = Parts(
             authenticator=self._authenticator,
             limits=self._limits,
             models=self._models,
             log=self._log,
-            metrics=RayGatewayMetrics(),
+            metrics=metrics,
             lines=RequestLines(sys.stdout),
             session=new_session(),
             database=build_pool(

@@ -5,14 +5,15 @@ Observed once a request, never a token: Ray's agent handles every observation in
 
 from __future__ import annotations
 
-from ray.serve.metrics import Counter, Histogram
+from ray.serve.metrics import Counter, Gauge, Histogram
 
-from serve_app.errors import RateLimited
+from serve_app.errors import ModelNotReady, ModelOverloaded, RateLimited
 from serve_app.records import RequestRecord
 
 _DURATIONS_S = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600]
 _STEPS_S = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30]
 _LABELS = ("route", "model")
+_QUEUE_REFUSALS = (ModelOverloaded.code, ModelNotReady.code)
 
 
 class RayGatewayMetrics:
@@ -25,6 +26,12 @@ class RayGatewayMetrics:
         self._refused = Counter("comp_ai_limits_refused", "Requests over a limit.", _LABELS)
         self._retried = Counter(
             "comp_ai_retries", "Requests asked again of another replica.", ("model",)
+        )
+        self._waiting = Gauge(
+            "comp_ai_queue_waiting", "Requests that wait in this gateway.", ("app",)
+        )
+        self._queue_refused = Counter(
+            "comp_ai_queue_refused", "Requests refused by a queue.", (*_LABELS, "code")
         )
         self._prompt_tokens = Counter("comp_ai_prompt_tokens", "Prompt tokens.", _LABELS)
         self._completion_tokens = Counter(
@@ -59,6 +66,8 @@ class RayGatewayMetrics:
                 histogram.observe(milliseconds / 1000, labels)
         if record.error_code == RateLimited.code:
             self._refused.inc(1, labels)
+        if record.error_code in _QUEUE_REFUSALS:
+            self._queue_refused.inc(1, labels | {"code": record.error_code})
         # Ray refuses an increase by nothing.
         if record.prompt_tokens:
             self._prompt_tokens.inc(record.prompt_tokens, labels)
@@ -68,3 +77,7 @@ class RayGatewayMetrics:
     def request_retried(self, model_label: str) -> None:
         """Count it."""
         self._retried.inc(1, {"model": model_label})
+
+    def requests_waiting(self, app: str, requests: int) -> None:
+        """Set the gauge."""
+        self._waiting.set(requests, {"app": app})

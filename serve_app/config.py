@@ -115,6 +115,27 @@ class StandingConfig(_Config):
         )
 
 
+class WhenCold(enum.StrEnum):
+    """What a request gets while no replica of its model runs."""
+
+    WAIT = "wait"
+    REFUSE = "refuse"
+
+
+class QueueConfig(_Config):
+    """The queue in front of each model, in each gateway."""
+
+    max_waiting: int = Field(
+        default=1000, ge=1, le=100_000, description="Requests that wait for one model at once."
+    )
+    at_ray: int = Field(
+        default=32,
+        ge=1,
+        le=10_000,
+        description="Of those, for how many Ray is asked for a replica at once.",
+    )
+
+
 class ModelEntry(_Config):
     """One model that the gateway offers."""
 
@@ -136,6 +157,19 @@ class ModelEntry(_Config):
         ge=1,
         description="Completion tokens of a request that names no number; "
         "the engine's own default where it is not set.",
+    )
+    when_cold: WhenCold = Field(
+        default=WhenCold.WAIT,
+        description="While no replica runs: wait up to cold_timeout_s, or refuse at once and "
+        "start one.",
+    )
+    cold_timeout_s: float = Field(
+        default=300.0, gt=0, description="Longest wait for a replica while none runs."
+    )
+    start_guess_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="Time that a replica takes to start, until one start was measured.",
     )
 
 
@@ -169,6 +203,9 @@ class GatewayConfig(_Config):
     )
     idempotency: IdempotencyConfig = Field(
         default=IdempotencyConfig(), description="Requests that carry an Idempotency-Key."
+    )
+    queue: QueueConfig = Field(
+        default=QueueConfig(), description="The queue in front of each model."
     )
     bodies: Bodies = Field(
         default=Bodies.FULL, description="Keep prompts and answers in the log (full) or not (none)."

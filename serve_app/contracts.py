@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 import uuid
 from dataclasses import dataclass
@@ -93,7 +94,11 @@ class LimitKeeper(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseHint:
-    """What the model's side may use to place a request."""
+    """What the model's side may use to place a request.
+
+    It is of the request for which a slot was asked. By the time one is granted another may be
+    first, and gets it.
+    """
 
     request_id: str
     principal_id: str
@@ -124,18 +129,37 @@ class Lease(Protocol):
         ...
 
 
+class ModelState(enum.Enum):
+    """How the application of a model is."""
+
+    SERVING = enum.auto()
+    # Healthy without a replica: the next request starts one.
+    ASLEEP = enum.auto()
+    # No replica yet, but one is on its way.
+    STARTING = enum.auto()
+    # Its replicas or its deployment failed.
+    FAILED = enum.auto()
+    ABSENT = enum.auto()
+    UNKNOWN = enum.auto()
+
+    @property
+    def cold(self) -> bool:
+        """Whether a request has to wait for a replica to start."""
+        return self in (ModelState.ASLEEP, ModelState.STARTING)
+
+
 class ModelPool(Protocol):
-    """The replicas of the models."""
+    """The replicas of the models. `serve_app.queueing` decides who asks it next."""
 
     async def open(self, model: ModelEntry, hint: LeaseHint) -> Lease:
         """Wait for a slot at a replica of `model`. If cancelled, nothing stays held.
 
         Raises:
-            ModelOverloaded: the queue is full.
+            ModelOverloaded: no more can be asked for at once.
             ModelNotReady: the application is not deployed or failed.
         """
         ...
 
-    async def ready(self, model: ModelEntry) -> bool:
-        """Tell whether a replica of `model` runs now."""
+    async def state(self, model: ModelEntry) -> ModelState:
+        """Tell how `model` is, as of a second ago at most."""
         ...

@@ -319,18 +319,25 @@ class ModelOverloaded(Unavailable):
     """The queue of this model is full. Try again later."""
 
     code = "model_overloaded"
-    cause = "`max_queued_requests` requests wait for this model at this gateway"
-    remedy = "wait"
-    retry_after = "1"
+    cause = (
+        "`max_waiting` requests wait for this model at this gateway and none of them has to give "
+        "way to this one, or this one had to give way, see [the queue](architecture.md#the-queue)"
+    )
+    remedy = "wait for as long as `Retry-After` says"
+    retry_after = "when one that comes now would be served, see below"
 
 
 class ModelNotReady(Unavailable):
     """No replica of this model is ready. Try again later."""
 
     code = "model_not_ready"
-    cause = "no replica had room within `queue_timeout_s`, or the application is not deployed"
+    cause = (
+        "no replica had room within `queue_timeout_s`; or none runs, and `when_cold` is `refuse` "
+        "or its start took longer than `cold_timeout_s`; or the application is not deployed or "
+        "failed"
+    )
     remedy = "wait; see [operations](operations.md#a-model-is-not-ready)"
-    retry_after = "`queue_timeout_s`, where the wait was what failed"
+    retry_after = "when one that comes now would be served, or the start be over, see below"
 
 
 class IdentityUnavailable(Unavailable):

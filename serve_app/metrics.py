@@ -18,9 +18,16 @@ class GatewayMetrics(Protocol):
         """Count a request that is asked again because its replica failed."""
         ...
 
+    def requests_waiting(self, app: str, requests: int) -> None:
+        """Take note of how many wait for the replicas of `app`; told every few seconds."""
+        ...
+
 
 class NoMetrics:
     """Counts nothing."""
+
+    def requests_waiting(self, app: str, requests: int) -> None:
+        """Do nothing."""
 
     def request_finished(self, record: RequestRecord, model_label: str) -> None:
         """Do nothing."""

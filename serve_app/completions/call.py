@@ -29,19 +29,19 @@ from serve_app.completions.parts import Document, Download, Handler, OnBehalf, P
 from serve_app.completions.reply import Reply
 from serve_app.completions.request_body import read_json_body
 from serve_app.completions.sse import KEEP_ALIVE, comment
-from serve_app.config import Bodies, GatewayConfig, ModelEntry, Standing
+from serve_app.config import Bodies, GatewayConfig, Standing
 from serve_app.contracts import Lease, LeaseHint
 from serve_app.errors import (
     ClientGone,
     DeadlineExceeded,
     EngineFailed,
-    ModelNotReady,
     RequestError,
     SlowClient,
     to_openai,
 )
 from serve_app.identity.principal import Permission, Principal
 from serve_app.limits.headers import ratelimit_headers
+from serve_app.queueing.ticket import Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -173,22 +173,12 @@ class Call:
 
     async def _lease(self, principal: Principal, ask: Ask, avoid: str | None = None) -> Attempt:
         exchange = self.exchange
-        hint = LeaseHint(
-            request_id=exchange.id.hex,
-            principal_id=principal.id,
-            standing=self._standing(principal),
-            avoid=avoid,
-        )
+        ticket = self._ticket(principal, ask, avoid)
+        if exchange.ticket is None:
+            exchange.ticket = ticket
         begun_s = time.perf_counter()
         try:
-            async with asyncio.timeout(self._config.queue_timeout_s):
-                exchange.lease = await self._open(ask.model, hint)
-        except TimeoutError:
-            raise ModelNotReady(
-                f"No replica of `{ask.model.name}` had room within "
-                f"{self._config.queue_timeout_s:g} s. Try again later.",
-                retry_after_s=self._config.queue_timeout_s,
-            ) from None
+            exchange.lease = await self._open(ticket)
         finally:
             exchange.timings.queued(time.perf_counter() - begun_s)
         keep = self._config.bodies is Bodies.FULL
@@ -198,10 +188,24 @@ class Call:
         self._attempts.append(attempt)
         return attempt
 
-    async def _open(self, model: ModelEntry, hint: LeaseHint) -> Lease:
-        if hint.avoid is None:
-            return await self._parts.models.open(model, hint)
-        return await open_elsewhere(self._parts.models, model, hint)
+    def _ticket(self, principal: Principal, ask: Ask, avoid: str | None) -> Ticket:
+        hint = LeaseHint(
+            request_id=self.exchange.id.hex,
+            principal_id=principal.id,
+            standing=self._standing(principal),
+            avoid=avoid,
+        )
+        return Ticket(
+            model=ask.model,
+            hint=hint,
+            queue=self._config.queue,
+            timeout_s=self._config.queue_timeout_s,
+        )
+
+    async def _open(self, ticket: Ticket) -> Lease:
+        if ticket.hint.avoid is None:
+            return await self._parts.models.open(ticket)
+        return await open_elsewhere(self._parts.models, ticket)
 
     async def _lease_elsewhere(
         self, principal: Principal, ask: Ask, failed: Attempt, failure: EngineFailed
@@ -331,8 +335,12 @@ class Call:
         return comment(f"server-timing: {self._timing(self.exchange.elapsed_s)}")
 
     def _headers(self, total_s: float | None = None) -> dict[str, str]:
-        allowance = self.exchange.allowance
-        return {"server-timing": self._timing(total_s), **ratelimit_headers(allowance)}
+        ticket = self.exchange.ticket
+        return {
+            "server-timing": self._timing(total_s),
+            **ratelimit_headers(self.exchange.allowance),
+            **(ticket.headers() if ticket is not None else {}),
+        }
 
     def _timing(self, total_s: float | None) -> str:
         return self.exchange.timings.server_timing(total_s)

@@ -13,6 +13,7 @@ from serve_app.config import Bodies
 from serve_app.contracts import Allowance, Lease
 from serve_app.errors import ClientGone, DeadlineExceeded, InternalError, RequestError
 from serve_app.identity.principal import Principal
+from serve_app.queueing.ticket import Ticket
 from serve_app.records import Outcome, RequestRecord, new_id, utc_now
 
 
@@ -60,6 +61,7 @@ class Exchange:
     # Set before the call goes out, so that a request that dies in it still gives back.
     reserving: bool = False
     allowance: Allowance = field(default_factory=Allowance)
+    ticket: Ticket | None = None
     lease: Lease | None = None
     status: int = 200
     error: RequestError | None = None

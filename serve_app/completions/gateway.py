@@ -84,6 +84,7 @@ class Gateway:
         """Wait for what still finishes in the background, then close the connections."""
         while self._background:
             await asyncio.wait(self._background)
+        await self.parts.models.close()
         await self.parts.session.close()
         await self.parts.database.close()
 

@@ -12,10 +12,11 @@ from starlette.requests import Request
 
 from serve_app.completions.body import Defaults
 from serve_app.config import Standing
-from serve_app.contracts import LimitKeeper, ModelPool, RecordSink
+from serve_app.contracts import LimitKeeper, RecordSink
 from serve_app.identity.principal import Authenticator, Principal
 from serve_app.lazy_pool import LazyPool
 from serve_app.metrics import GatewayMetrics
+from serve_app.queueing.pool import QueuedPool
 from serve_app.request_line import RequestLines
 
 # Starts a task that outlives the call and that the gateway waits for when it closes.
@@ -49,7 +50,7 @@ class Parts:
 
     authenticator: Authenticator
     limits: LimitKeeper
-    models: ModelPool
+    models: QueuedPool
     log: RecordSink
     metrics: GatewayMetrics
     lines: RequestLines

@@ -24,11 +24,17 @@ from serve_app.completions.gateway import Gateway
 from serve_app.completions.parts import Parts
 from serve_app.completions.upstream import new_session
 from serve_app.config import GatewayConfig, LimitPolicy, ModelEntry
-from serve_app.contracts import Allowance, Lease, LeaseGrant, LeaseHint, ReservationRequest
+from serve_app.contracts import (
+    Allowance,
+    Lease,
+    LeaseGrant,
+    LeaseHint,
+    ModelState,
+    ReservationRequest,
+)
 from serve_app.engine_counters import EngineCounters
 from serve_app.errors import (
     AuthenticationFailed,
-    ModelNotReady,
 )
 from serve_app.fake_engine import FakeEngine, FakeEngineConfig
 from serve_app.http_app import Check, create_app
@@ -36,6 +42,7 @@ from serve_app.identity.principal import Permission, Principal
 from serve_app.lazy_pool import LazyPool, Pool, build_pool
 from serve_app.limits.book import LimitBook
 from serve_app.metrics import NoMetrics
+from serve_app.queueing.pool import QueuedPool
 from serve_app.records import PrincipalKind, RequestRecord
 from serve_app.replica import LeaseBook, LeaseDoor, ReplicaServer, Slot
 from serve_app.request_line import RequestLines
@@ -123,7 +130,8 @@ class FakePool:
     """Opens leases at the replica that holds the fewest, at the first of several.
 
     Like Ray it does not look at what a hint would rather avoid. `gate` is passed with the slot
-    already taken.
+    already taken. With a `capacity` no more than so many leases are open at once; who comes then
+    waits.
     """
 
     def __init__(self, replica: FakeReplica, *more: FakeReplica) -> None:
@@ -131,15 +139,23 @@ class FakePool:
         self.gate = Gate()
         self.error: Exception | None = None
         self.hints: list[LeaseHint] = []
+        self.capacity: int | None = None
+        self.state_now = ModelState.SERVING
+        # Calls that wait for room.
+        self.asking = 0
+        self._holding: set[asyncio.Task[None]] = set()
 
     async def open(self, model: ModelEntry, hint: LeaseHint) -> Lease:
         """See `ModelPool.open`."""
         if self.error is not None:
             raise self.error
         self.hints.append(hint)
+        await self._room()
         replica = min(self.replicas, key=lambda one: len(one.leases))
         granted: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
         holding = asyncio.create_task(self._hold(replica, granted))
+        self._holding.add(holding)
+        holding.add_done_callback(self._holding.discard)
         try:
             slot = await granted
             await self.gate.passed()
@@ -149,14 +165,27 @@ class FakePool:
         grant = LeaseGrant(address=replica.server.address, token=slot.token, replica_id=replica.id)
         return FakeLease(grant, holding)
 
+    async def _room(self) -> None:
+        self.asking += 1
+        try:
+            while not self._has_room():  # noqa: ASYNC110 - of whatever state
+                await asyncio.sleep(0.002)
+        finally:
+            self.asking -= 1
+
+    def _has_room(self) -> bool:
+        return not self.state_now.cold and (
+            self.capacity is None or len(self._holding) < self.capacity
+        )
+
     async def _hold(self, replica: FakeReplica, granted: asyncio.Future[Slot]) -> None:
         async with replica.leases.lease() as slot:
             granted.set_result(slot)
             await asyncio.Event().wait()
 
-    async def ready(self, model: ModelEntry) -> bool:
-        """See `ModelPool.ready`."""
-        return not isinstance(self.error, ModelNotReady)
+    async def state(self, model: ModelEntry) -> ModelState:
+        """See `ModelPool.state`."""
+        return self.state_now if self.error is None else ModelState.FAILED
 
 
 class BookKeeper:
@@ -300,8 +329,9 @@ class World:
         self.log = RecordList(self.events)
         self.authenticator = FakeAuthenticator()
         self.lines = io.StringIO()
+        self.queue = QueuedPool(self.pool, NoMetrics())
         self.gateway = Gateway(config, self._parts())
-        checks = [Check("model", lambda: self.pool.ready(config.models[0]))]
+        checks = [Check("model", lambda: self.queue.ready(config.models[0]))]
         self.app = Watched(create_app(lambda: self.gateway, lambda: checks), self.events)
         self.server = ReplicaServer(self.app, HOST)
 
@@ -309,7 +339,7 @@ class World:
         return Parts(
             authenticator=self.authenticator,
             limits=self.limits,
-            models=self.pool,
+            models=self.queue,
             log=self.log,
             metrics=NoMetrics(),
             lines=RequestLines(self.lines),
@@ -382,9 +412,12 @@ async def world(
         await asyncio.gather(*(server.stop() for server in servers))
 
 
-def client(of: World) -> httpx.AsyncClient:
+def client(of: World, *, connections: int = 100) -> httpx.AsyncClient:
     """Return a client that is signed in."""
-    return httpx.AsyncClient(base_url=of.url, headers=AUTHORIZATION, timeout=_PATIENCE_S)
+    limits = httpx.Limits(max_connections=connections)
+    return httpx.AsyncClient(
+        base_url=of.url, headers=AUTHORIZATION, timeout=_PATIENCE_S, limits=limits
+    )
 
 
 def parse_events(text: str) -> list[Any]:

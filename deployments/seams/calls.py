@@ -1,0 +1,62 @@
+"""Calls through Ray Serve: tried again while a replica is away, and their errors mapped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+
+from serve_app.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+_RETRY_FIRST_S = 0.05
+_RETRY_MOST_S = 1.0
+
+Answer = TypeVar("Answer")
+
+
+async def until_answered(
+    call: Callable[[], Awaitable[Answer]],
+    unavailable: type[RequestError],
+    overloaded: type[RequestError],
+) -> Answer:
+    """Return what `call` returns; while replicas are lost, call again, with growing pauses.
+
+    It goes on until it is cancelled: the caller sets the time.
+
+    Raises:
+        RequestError: the one that was raised over there; or `overloaded`, where too many wait
+            for a replica; or `unavailable`, where anything else failed over there.
+    """
+    pause_s = _RETRY_FIRST_S
+    while True:
+        try:
+            return await call()
+        except BackPressureError as error:
+            raise overloaded(retry_after_s=1) from error
+        except RequestError as error:
+            # Ray raises a copy that is also its own error; the cause is the one we raised.
+            raise (error.cause if isinstance(error, RayTaskError) else error) from None
+        except RayTaskError as error:
+            logger.error("call failed: %s", type(error.cause).__name__)
+            raise unavailable() from None
+        except (RayError, RayServeException) as error:
+            logger.warning("replica lost, trying again: %s", type(error).__name__)
+        await asyncio.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311
+        pause_s = min(pause_s * 2, _RETRY_MOST_S)
+
+
+async def answers(call: Any, timeout_s: float = 5.0) -> bool:
+    """Tell whether `call` ends well in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await call
+    except (RayError, RayServeException, TimeoutError):
+        return False
+    return True
