@@ -321,7 +321,8 @@ class ModelOverloaded(Unavailable):
     code = "model_overloaded"
     cause = (
         "`max_waiting` requests wait for this model at this gateway and none of them has to give "
-        "way to this one, or this one had to give way, see [the queue](architecture.md#the-queue)"
+        "way to this one, or this one had to give way, see [the queue](architecture.md#the-queue); "
+        "or its engine takes no more"
     )
     remedy = "wait for as long as `Retry-After` says"
     retry_after = "when one that comes now would be served, see below"
@@ -334,7 +335,7 @@ class ModelNotReady(Unavailable):
     cause = (
         "no replica had room within `queue_timeout_s`; or none runs, and `when_cold` is `refuse` "
         "or its start took longer than `cold_timeout_s`; or the application is not deployed or "
-        "failed"
+        "failed, or its engine knows no such model"
     )
     remedy = "wait; see [operations](operations.md#a-model-is-not-ready)"
     retry_after = "when one that comes now would be served, or the start be over, see below"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -47,6 +48,8 @@ class FakeEngine:
         self._aborted: dict[str, asyncio.Event] = {}
         self._prompt_tokens = 0
         self._completion_tokens = 0
+        # The last bodies, without what was asked: for tests.
+        self.asked: deque[dict[str, Any]] = deque(maxlen=100)
 
     def app(self) -> Starlette:
         """Return the ASGI app."""
@@ -113,10 +116,12 @@ class FakeEngine:
         stalled = "stall_after" in directives
         due = asyncio.get_running_loop().time() + self._config.time_to_first_token_s
         try:
-            await _happened_before(aborted, float("inf") if stalled else due)
+            ended_early = await _happened_before(aborted, float("inf") if stalled else due)
         finally:
             del self._aborted[request_id]
-        self._prompt_tokens += fake_pooling.count(texts)
+        # Ended early vLLM states these prompts all the same, but does not count them.
+        if not ended_early:
+            self._prompt_tokens += fake_pooling.count(texts)
         return JSONResponse(answer)
 
     async def _tokenize(self, request: Request) -> Response:
@@ -132,6 +137,7 @@ class FakeEngine:
     async def _answer(
         self, request: Request, body: dict[str, Any], prompt: str, shape: _Shape
     ) -> Response:
+        self.asked.append({k: v for k, v in body.items() if k not in ("messages", "prompt")})
         directives = {name: int(value) for name, value in _DIRECTIVE.findall(prompt)}
         if (status := directives.get("error")) is not None:
             return JSONResponse({"error": {"message": "told to fail"}}, status)

@@ -71,8 +71,11 @@ class Read:
 class Answers:
     """The answers of an endpoint that generates, in the form of completions.
 
-    `opening_frames` is how many frames of a stream come before those that carry tokens.
+    `ends_early` says that an engine which is asked to end such an answer closes it with the usage
+    until then. `opening_frames` is how many frames of a stream come before those with tokens.
     """
+
+    ends_early = True
 
     def __init__(self, *, opening_frames: int = 0) -> None:
         self._opening_frames = opening_frames
@@ -117,8 +120,11 @@ class Answers:
 class Pooled(Answers):
     """The answers of an endpoint that computes on prompts and generates nothing.
 
-    The engine counts such a prompt with its result, so a prompt alone counts here.
+    The engine counts such a prompt with its result, so a prompt alone counts here. Asked to end
+    early it would state prompts that it did not count, so it is not asked.
     """
+
+    ends_early = False
 
     def counted(self, usage: Usage | None, frames: int) -> Usage:  # noqa: ARG002
         """See `Answers.counted`."""

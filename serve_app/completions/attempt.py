@@ -9,9 +9,10 @@ import aiohttp
 
 from serve_app.completions.answers import Reader
 from serve_app.completions.body import Ask
+from serve_app.completions.engine_errors import engine_error
 from serve_app.completions.exchange import Exchange
 from serve_app.completions.parts import Spawn
-from serve_app.completions.upstream import Upstream, engine_error
+from serve_app.completions.upstream import Upstream
 from serve_app.contracts import Lease
 from serve_app.errors import EngineFailed, RequestError
 
@@ -108,7 +109,10 @@ class Attempt:
 
     async def _cut_short(self) -> None:
         rest = asyncio.create_task(self._read_rest(), name="read-rest")
-        await self._upstream.abort_until(rest)
+        if self._answers.ends_early:
+            await self._upstream.abort_until(rest)
+        else:
+            await self._upstream.wait_for(rest)
         rest.cancel()
         await asyncio.wait([rest])
 

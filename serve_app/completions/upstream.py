@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
 
 import aiohttp
-import orjson
 
 from serve_app.completions.body import Ask
+from serve_app.completions.engine_errors import refusal_of
 from serve_app.contracts import LeaseGrant
-from serve_app.errors import EngineFailed, InvalidRequest, RequestError
+from serve_app.errors import EngineFailed
 from serve_app.replica import ABORT_PATH, LEASE_HEADER, PROMPTS_HEADER, REQUEST_ID_HEADER
 
 # How long a cut answer may take to tell its usage; the engine needs one step for it. The
@@ -43,6 +42,7 @@ class Upstream:
 
         Raises:
             InvalidRequest: the engine refused the request; carries its words.
+            ModelOverloaded: the engine takes no more.
             EngineFailed: the replica cannot be reached or failed.
         """
         headers = {
@@ -57,7 +57,7 @@ class Upstream:
             # goes away meanwhile, the answer must still come in to tell its usage.
             response = await asyncio.shield(self._posting)
             if response.status != 200:
-                raise engine_error(response.status, _message(await response.read()))
+                raise refusal_of(response.status, await response.read())
         except aiohttp.ClientError as error:
             raise EngineFailed from error
 
@@ -79,6 +79,10 @@ class Upstream:
     async def whole(self) -> bytes:
         """Return the whole answer. Raises EngineFailed if it breaks off."""
         return b"".join([chunk async for chunk in self.chunks()])
+
+    async def wait_for(self, ended: asyncio.Future[None]) -> None:
+        """Wait until `ended` or out of time, without asking the engine for anything."""
+        await asyncio.wait([ended], timeout=STATEMENT_TIMEOUT_S)
 
     async def abort_until(self, ended: asyncio.Future[None]) -> None:
         """Ask the engine to end early and in good order, until `ended` or out of time."""
@@ -119,19 +123,3 @@ class Upstream:
             response = self._posting.result()
             # `release` alone would read on to save the connection.
             response.release() if response.content.at_eof() else response.close()
-
-
-def engine_error(status: int, message: str) -> RequestError:
-    """Return our error for an answer of the engine that is not a success."""
-    if 400 <= status < 500 and status not in (403, 409):
-        return InvalidRequest(message or None)
-    return EngineFailed()
-
-
-def _message(raw: bytes) -> str:
-    try:
-        body: Any = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        return ""
-    error = body.get("error") if isinstance(body, dict) else None
-    return str(error.get("message") or "") if isinstance(error, dict) else ""

@@ -247,7 +247,7 @@ async def test_bad_json(served: World, http: httpx.AsyncClient, content: bytes) 
         ({"max_tokens": -1}, "max_tokens", "invalid_value"),
         ({"max_tokens": 2001}, "max_tokens", "invalid_value"),
         ({"model": None}, "model", "invalid_value"),
-        ({"priority": 1}, "priority", "unsupported_parameter"),
+        ({"best_of": 2}, "best_of", "unsupported_parameter"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
     ],
 )
@@ -633,7 +633,7 @@ async def test_engine_fails(served: World, http: httpx.AsyncClient, stream: bool
     assert served.records[0].outcome is Outcome.FAILED
 
 
-@pytest.mark.parametrize("status", [400, 404, 422])
+@pytest.mark.parametrize("status", [400, 413, 422, 501])
 @pytest.mark.parametrize("stream", [True, False])
 async def test_engine_refuses_the_request(
     served: World, http: httpx.AsyncClient, stream: bool, status: int
@@ -642,6 +642,34 @@ async def test_engine_refuses_the_request(
     error = await refused(served, response, 400, "invalid_value")
     assert error["message"] == "told to fail"
     assert served.records[0].outcome is Outcome.REFUSED
+
+
+@pytest.mark.parametrize("status", [401, 403, 405, 408, 409, 418, 500, 502, 504])
+async def test_what_is_not_the_clients_fault_is_not_told_as_one(
+    served: World, http: httpx.AsyncClient, status: int
+) -> None:
+    response = await http.post(TEXT, json=ask(TEXT, f"[[error={status}]]"))
+    error = await refused(served, response, 502, "engine_error")
+    assert "told to fail" not in error["message"]
+    assert served.records[0].outcome is Outcome.FAILED
+
+
+async def test_an_engine_that_knows_no_such_model_is_the_operators(
+    served: World, http: httpx.AsyncClient
+) -> None:
+    response = await http.post(TEXT, json=ask(TEXT, "[[error=404]]"))
+    error = await refused(served, response, 503, "model_not_ready")
+    assert "`engine_name`" in error["message"]
+    assert served.records[0].outcome is Outcome.FAILED
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_an_engine_that_takes_no_more_says_when_to_try_again(
+    served: World, http: httpx.AsyncClient, status: int
+) -> None:
+    response = await http.post(TEXT, json=ask(TEXT, f"[[error={status}]]"))
+    await refused(served, response, 503, "model_overloaded")
+    assert response.headers["retry-after"] == "1"
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
