@@ -20,6 +20,9 @@ Name = Annotated[
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
+# The last place in every queue.
+MOST_PRIORITY = 1000
+
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,7 +82,7 @@ class Standing(_Config):
     priority: int = Field(
         default=0,
         ge=-1000,
-        le=1000,
+        le=MOST_PRIORITY,
         description="Place in the queues of gateway and engine; the lower number is served first.",
     )
     weight: float = Field(
@@ -141,6 +144,12 @@ class ModelEntry(_Config):
 
     name: Name = Field(description="Name that clients send as `model`.")
     app: Name = Field(description="Serve application that serves it.")
+    aliases: tuple[Name, ...] = Field(
+        default=(), description="Other names that clients may send for it."
+    )
+    engine_name: Name | None = Field(
+        default=None, description="Name that the engine knows it under; `name` where not set."
+    )
     task: Task = Field(
         default=Task.GENERATE,
         description="What it is for: generate (chat and text), embed (embeddings, rerank and "
@@ -155,8 +164,8 @@ class ModelEntry(_Config):
     default_max_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Completion tokens of a request that names no number; "
-        "the engine's own default where it is not set.",
+        description="Completion tokens of a request that names no number. Where not set: "
+        "`max_tokens` for a chat, 16 for a text.",
     )
     when_cold: WhenCold = Field(
         default=WhenCold.WAIT,
@@ -171,6 +180,27 @@ class ModelEntry(_Config):
         gt=0,
         description="Time that a replica takes to start, until one start was measured.",
     )
+    priority: bool = Field(
+        default=False,
+        description="The engine schedules by priority (`scheduling_policy: priority`), so "
+        "requests carry theirs to it.",
+    )
+
+
+class Caps(_Config):
+    """How much one request may ask for."""
+
+    max_n: int = Field(default=16, ge=1, le=16_384, description="Largest `n`.")
+    max_choices: int = Field(
+        default=128, ge=1, description="Most answers of one request: `n` for each prompt."
+    )
+    max_prompts: int = Field(
+        default=2048,
+        ge=1,
+        description="Most prompts of one request: texts to continue or to embed, documents, pairs.",
+    )
+    max_messages: int = Field(default=2048, ge=1, description="Most messages of a conversation.")
+    max_stop: int = Field(default=16, ge=1, description="Most texts in `stop`.")
 
 
 class IdempotencyConfig(_Config):
@@ -197,6 +227,16 @@ class GatewayConfig(_Config):
     """The gateway's policy."""
 
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="Models on offer.")
+    default_model: str | None = Field(
+        default=None,
+        description="Model of a request that names none; such a request is refused where not set.",
+    )
+    caps: Caps = Field(default=Caps(), description="How much one request may ask for.")
+    remote_media: bool = Field(
+        default=False,
+        description="Let the engine fetch pictures, sound and film from addresses that a "
+        "request names.",
+    )
     limits: LimitsConfig = Field(default=LimitsConfig(), description="Limits by principal.")
     standings: StandingConfig = Field(
         default=StandingConfig(), description="Priority and share by role."
@@ -240,15 +280,37 @@ class GatewayConfig(_Config):
     )
 
     @model_validator(mode="after")
-    def _names_are_unique(self) -> Self:
-        names = [model.name for model in self.models]
-        if len(set(names)) != len(names):
-            raise ValueError("model names must differ from each other")
+    def _names_lead_to_one_model(self) -> Self:
+        known: set[str] = set()
+        for index, model in enumerate(self.models):
+            named = [("name", model.name), *(("aliases", alias) for alias in model.aliases)]
+            for setting, name in named:
+                if name in known:
+                    allowed = "a name that no other model or alias has"
+                    raise _WrongSetting(f"models.{index}.{setting}", name, allowed)
+                known.add(name)
+        if self.default_model is not None and self.default_model not in known:
+            raise _WrongSetting("default_model", self.default_model, "the name of a model")
         return self
 
     def model(self, name: str) -> ModelEntry | None:
-        """Return the entry of the model called `name`, or None."""
-        return next((model for model in self.models if model.name == name), None)
+        """Return the entry of the model that is called `name` or has it as an alias, or None."""
+        return next((m for m in self.models if name == m.name or name in m.aliases), None)
+
+    def real_name(self, name: str) -> str:
+        """Return the name of the model that `name` leads to, or `name` where it leads to none."""
+        model = self.model(name)
+        return name if model is None else model.name
+
+
+class _WrongSetting(ValueError):
+    """A setting that is wrong beside others."""
+
+    def __init__(self, setting: str, value: object, allowed: str) -> None:
+        self.setting = setting
+        self.value = value
+        self.allowed = allowed
+        super().__init__(f"{setting} must be {allowed}")
 
 
 def parse_config(kind: type[_Model], raw: object, where: str) -> _Model:
@@ -261,5 +323,8 @@ def parse_config(kind: type[_Model], raw: object, where: str) -> _Model:
         return kind.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
+        if isinstance(wrong := first.get("ctx", {}).get("error"), _WrongSetting):
+            setting = f"{where}.{wrong.setting}"
+            raise ConfigError(setting, wrong.value, wrong.allowed) from None
         path = ".".join(str(part) for part in (where, *first["loc"]))
         raise ConfigError(path, first["input"], first["msg"]) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from serve_app.completions.kinds import Kind
+from serve_app.config import MOST_PRIORITY
 from serve_app.errors import ClientGone, RequestError, every_error, to_openai
 
 DESCRIPTION = (
@@ -132,6 +133,11 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "additionalProperties": False,
     },
     "n": {"type": "integer", "minimum": 1},
+    "priority": {
+        "type": "integer",
+        "maximum": MOST_PRIORITY,
+        "description": "Your own priority or a higher number, which is served later.",
+    },
     "seed": {"type": "integer"},
     "stop": {"description": "A text, or up to four."},
     "input": _TEXTS,

@@ -9,8 +9,10 @@ from typing import Any
 
 import orjson
 
+from serve_app.completions.caps import check_caps, check_max_tokens, is_whole
 from serve_app.completions.kinds import Kind, kinds_of
-from serve_app.config import GatewayConfig, ModelEntry
+from serve_app.completions.media import check_media
+from serve_app.config import MOST_PRIORITY, Caps, GatewayConfig, ModelEntry, Standing
 from serve_app.errors import InvalidRequest, MalformedBody, ModelNotFound, UnsupportedParameter
 from serve_app.identity.principal import Principal
 
@@ -27,6 +29,7 @@ class Ask:
     stream: bool
     wants_usage: bool
     prompts: int
+    standing: Standing
     payload: bytes
 
 
@@ -38,8 +41,20 @@ class Defaults:
     temperature: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What a body is held against: the installation, the policy, and who asks."""
+
+    defaults: Defaults
+    caps: Caps
+    standing: Standing
+    remote_media: bool
+
+
 def parse_object(raw: bytes) -> dict[str, Any]:
     """Return the JSON object in `raw`. Raises MalformedBody for anything else."""
+    # A whole number over 64 bits becomes a float. What was checked is what the engine gets all
+    # the same, because the body is written anew.
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -66,22 +81,24 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def model_name(body: dict[str, Any]) -> str:
+def model_name(body: dict[str, Any], default: str | None = None) -> str:
     """Return the `model` of a body. Raises InvalidRequest where there is none."""
     name = body.get("model")
+    if name is None and default is not None:
+        return default
     if not isinstance(name, str) or not name:
         raise InvalidRequest("`model` must be the name of a model.", param="model")
     return name
 
 
 def find_model(config: GatewayConfig, name: str, principal: Principal) -> ModelEntry:
-    """Return the entry of the model `name`.
+    """Return the entry of the model that is called `name`, or has it as an alias.
 
     Raises:
         ModelNotFound: there is none, or `principal` may not use it; the same to a caller.
     """
     model = config.model(name)
-    if model is None or not principal.may_use(name):
+    if model is None or not principal.may_use(model.name):
         raise ModelNotFound(
             f"The model `{name[:100]}` does not exist or you may not use it. "
             "GET /v1/models lists the models that you may use.",
@@ -90,7 +107,7 @@ def find_model(config: GatewayConfig, name: str, principal: Principal) -> ModelE
     return model
 
 
-def govern(kind: Kind, body: dict[str, Any], model: ModelEntry, defaults: Defaults) -> Ask:
+def govern(kind: Kind, body: dict[str, Any], model: ModelEntry, rules: Rules) -> Ask:
     """Check the fields that we govern, fill in defaults, and return what to send.
 
     Raises:
@@ -103,18 +120,19 @@ def govern(kind: Kind, body: dict[str, Any], model: ModelEntry, defaults: Defaul
     stream = _flag(body, "stream")
     wants_usage = _wants_usage(body, stream=stream)
     prompts = kind.endpoint.count(body)
-    _check_max_tokens(kind, body, model.max_tokens or defaults.max_tokens)
-    sent = _filled(kind, body, model, defaults)
-    if stream and kind.endpoint.stream_options:
-        # Always asked for, so that the accounts have it; dropped where the client did not.
-        sent["stream_options"] = {"include_usage": True}
+    check_media(body, remote=rules.remote_media)
+    check_caps(kind, body, prompts, rules.caps)
+    most_tokens = model.max_tokens or rules.defaults.max_tokens
+    check_max_tokens(kind, body, most_tokens)
+    standing = _standing(body, rules.standing)
     return Ask(
         kind=kind,
         model=model,
         stream=stream,
         wants_usage=wants_usage,
         prompts=prompts,
-        payload=_payload(sent),
+        standing=standing,
+        payload=_payload(_sent(kind, body, model, rules.defaults, most_tokens, standing)),
     )
 
 
@@ -168,25 +186,47 @@ def _wants_usage(body: dict[str, Any], *, stream: bool) -> bool:
     return _flag(options, "include_usage")
 
 
-def _check_max_tokens(kind: Kind, body: dict[str, Any], most: int) -> None:
-    for name in kind.endpoint.max_tokens:
-        value = body.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise InvalidRequest(f"`{name}` must be a whole number from 1 to {most}.", param=name)
+def _standing(body: dict[str, Any], own: Standing) -> Standing:
+    """Return the standing of the request, which is its principal's or a later place."""
+    asked = body.get("priority")
+    if asked is None:
+        return own
+    if not is_whole(asked) or not own.priority <= asked <= MOST_PRIORITY:
+        raise InvalidRequest(
+            f"`priority` must be a whole number from {own.priority} to {MOST_PRIORITY}; "
+            f"yours is {own.priority}, and a higher number is served later.",
+            param="priority",
+        )
+    return own.model_copy(update={"priority": asked})
 
 
-def _filled(
-    kind: Kind, body: dict[str, Any], model: ModelEntry, defaults: Defaults
+def _sent(
+    kind: Kind,
+    body: dict[str, Any],
+    model: ModelEntry,
+    defaults: Defaults,
+    most_tokens: int,
+    standing: Standing,
 ) -> dict[str, Any]:
-    filled = dict(body)
+    """Return the body for the engine: what came, with what we fill in and set."""
+    sent = {**body, "model": model.engine_name or model.name}
+    # An engine that does not schedule by priority takes the number and ignores it.
+    sent.pop("priority", None)
+    if model.priority and "priority" in kind.endpoint.parameters:
+        sent["priority"] = standing.priority
+    if sent.get("stream") and kind.endpoint.stream_options:
+        # Always asked for, so that the accounts have it; dropped where the client did not.
+        sent["stream_options"] = {"include_usage": True}
     names = kind.endpoint.max_tokens
-    if not names:
-        return filled
-    if filled.get("temperature") is None:
-        filled["temperature"] = defaults.temperature
-    unnamed = all(filled.get(name) is None for name in names)
-    if unnamed and model.default_max_tokens is not None:
-        filled[names[-1]] = model.default_max_tokens
-    return filled
+    if names and sent.get("temperature") is None:
+        sent["temperature"] = defaults.temperature
+    if names and all(sent.get(name) is None for name in names):
+        sent[names[-1]] = _tokens_unnamed(kind, model, most_tokens)
+    return sent
+
+
+def _tokens_unnamed(kind: Kind, model: ModelEntry, most: int) -> int:
+    """Return the completion tokens of a request that names no number."""
+    # Never left to the engine alone: it would generate up to the end of its context.
+    named = model.default_max_tokens or kind.endpoint.engine_max_tokens or most
+    return min(named, most)

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.types import Send
 
 from serve_app.completions.attempt import Attempt
-from serve_app.completions.body import Ask, find_model, govern, model_name, parse_object
+from serve_app.completions.body import Ask, Rules, find_model, govern, model_name, parse_object
 from serve_app.completions.elsewhere import open_elsewhere
 from serve_app.completions.exchange import Exchange
 from serve_app.completions.finishing import Finishing
@@ -35,6 +35,7 @@ from serve_app.errors import (
     ClientGone,
     DeadlineExceeded,
     EngineFailed,
+    ModelOverloaded,
     RequestError,
     SlowClient,
     to_openai,
@@ -93,7 +94,7 @@ class Call:
             attempt = await self._lease(principal, ask)
             try:
                 await self._relay(attempt, ask)
-            except EngineFailed as failure:
+            except (EngineFailed, ModelOverloaded) as failure:
                 again = await self._lease_elsewhere(principal, ask, attempt, failure)
                 await self._relay(again, ask)
 
@@ -146,13 +147,23 @@ class Call:
             return self._on_behalf.standing
         return self._config.standings.of(principal.roles)
 
+    def _rules(self, principal: Principal) -> Rules:
+        return Rules(
+            defaults=self._parts.defaults,
+            caps=self._config.caps,
+            standing=self._standing(principal),
+            remote_media=self._config.remote_media,
+        )
+
     async def _authorize(self, kind: Kind, principal: Principal) -> Ask:
         principal.require(Permission.USER)
         self.exchange.request_body = await self._read_body()
         body = parse_object(self.exchange.request_body)
-        self.exchange.model = model_name(body)
-        model = find_model(self._config, self.exchange.model, principal)
-        ask = govern(kind, body, model, self._parts.defaults)
+        name = model_name(body, self._config.default_model)
+        # Kept under its real name, whatever a client calls it and whether it may use it or not.
+        self.exchange.model = self._config.real_name(name)
+        model = find_model(self._config, name, principal)
+        ask = govern(kind, body, model, self._rules(principal))
         self.exchange.stream = ask.stream
         self.exchange.answers = kind.answers
         return ask
@@ -192,7 +203,7 @@ class Call:
         hint = LeaseHint(
             request_id=self.exchange.id.hex,
             principal_id=principal.id,
-            standing=self._standing(principal),
+            standing=ask.standing,
             avoid=avoid,
         )
         return Ticket(
@@ -208,9 +219,16 @@ class Call:
         return await open_elsewhere(self._parts.models, ticket)
 
     async def _lease_elsewhere(
-        self, principal: Principal, ask: Ask, failed: Attempt, failure: EngineFailed
+        self,
+        principal: Principal,
+        ask: Ask,
+        failed: Attempt,
+        failure: EngineFailed | ModelOverloaded,
     ) -> Attempt:
-        """Return a second attempt, the last. Raises `failure` where its answer has begun."""
+        """Return a second attempt, the last.
+
+        Raises `failure` where its answer has begun, or where there is no other replica.
+        """
         if failed.relayed:
             raise failure
         if not self._reply.opened:
@@ -219,7 +237,10 @@ class Call:
         await failed.stop()
         logger.warning("replica %s failed before its answer, asking another", failed.replica_id)
         self._parts.metrics.request_retried(ask.model.name)
-        return await self._lease(principal, ask, avoid=failed.replica_id)
+        try:
+            return await self._lease(principal, ask, avoid=failed.replica_id)
+        except EngineFailed:
+            raise failure from None
 
     async def _relay(self, attempt: Attempt, ask: Ask) -> None:
         await attempt.open()

@@ -62,8 +62,9 @@ class Gateway:
         """Answer with the models that the caller may use."""
 
         async def models(principal: Principal, _request: Request) -> Document:
-            usable = [_card(m) for m in self.config.models if principal.may_use(m.name)]
-            return Document(orjson.dumps({"object": "list", "data": usable}))
+            usable = [m for m in self.config.models if principal.may_use(m.name)]
+            cards = [_card(name, m) for m in usable for name in (m.name, *m.aliases)]
+            return Document(orjson.dumps({"object": "list", "data": cards}))
 
         await self.document(MODELS_ROUTE, models, request, send)
 
@@ -71,7 +72,7 @@ class Gateway:
         """Answer with one model, if the caller may use it."""
 
         async def model(principal: Principal, _request: Request) -> Document:
-            return Document(orjson.dumps(_card(find_model(self.config, name, principal))))
+            return Document(orjson.dumps(_card(name, find_model(self.config, name, principal))))
 
         await self.document(MODELS_ROUTE, model, request, send)
 
@@ -115,5 +116,13 @@ class Gateway:
         return task
 
 
-def _card(model: ModelEntry) -> dict[str, object]:
-    return {"id": model.name, "object": "model", "created": 0, "owned_by": "comp-ai"}
+def _card(name: str, model: ModelEntry) -> dict[str, object]:
+    """Describe `model` under its name or an alias; `root` is its name, `task` what it is for."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "comp-ai",
+        "root": model.name,
+        "task": model.task,
+    }

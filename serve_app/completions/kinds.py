@@ -28,8 +28,11 @@ class Endpoint:
 
     `addresses` is where clients find it; the first stands in the OpenAPI document. It is empty
     for one that has a handler of its own. `max_tokens` names the parameters that bound what is
-    generated, the one that we fill in last; it is empty where nothing is generated. `count`
-    checks what the engine is to work on and returns how many prompts that is.
+    generated, the one that we fill in last; it is empty where nothing is generated.
+    `engine_max_tokens` is what the engine generates at most where none of them is given; None is
+    up to the end of its context. `messages` names the parameter that may hold a conversation,
+    `prompts` the one that may hold several prompts.
+    `count` checks what the engine is to work on and returns how many prompts that is.
     """
 
     route: str
@@ -40,21 +43,27 @@ class Endpoint:
     answers: Answers
     tasks: frozenset[Task] = frozenset(Task)
     max_tokens: tuple[str, ...] = ()
+    engine_max_tokens: int | None = None
+    messages: str | None = None
+    prompts: str | None = None
     # Whether usage comes on a stream only if `stream_options` asks for it.
     stream_options: bool = False
 
 
 # vLLM takes unknown fields in silence, so what may pass is listed here. Left out on purpose:
-# what steers the server itself (request_id, kv_transfer_params, chat_template, priority, …).
+# what steers the server itself (request_id, kv_transfer_params, chat_template, …).
 _SAMPLING = frozenset(
-    "allowed_token_ids bad_words frequency_penalty ignore_eos include_stop_str_in_output "
-    "length_penalty logit_bias logprobs max_tokens min_p min_tokens model n presence_penalty "
-    "prompt_logprobs repetition_penalty response_format return_token_ids "
-    "return_tokens_as_token_ids seed skip_special_tokens spaces_between_special_tokens stop "
-    "stop_token_ids stream stream_options structured_outputs temperature "
-    "thinking_token_budget top_k top_p truncate_prompt_tokens user".split()
+    "add_special_tokens allowed_token_ids bad_words cache_salt frequency_penalty ignore_eos "
+    "include_stop_str_in_output length_penalty logit_bias logprob_token_ids logprobs max_tokens "
+    "min_p min_tokens model n presence_penalty priority prompt_logprobs repetition_detection "
+    "repetition_penalty response_format return_token_ids return_tokens_as_token_ids seed "
+    "skip_special_tokens spaces_between_special_tokens stop stop_token_ids stream stream_options "
+    "structured_outputs temperature thinking_token_budget top_k top_p truncate_prompt_tokens "
+    "truncation_side user".split()
 )
-_POOLING = frozenset("model truncate_prompt_tokens truncation_side use_activation user".split())
+_POOLING = frozenset(
+    "model priority truncate_prompt_tokens truncation_side use_activation user".split()
+)
 _SCORING = _POOLING | frozenset(
     "chat_template_kwargs instruction max_tokens_per_doc max_tokens_per_query".split()
 )
@@ -94,7 +103,7 @@ ENDPOINTS: Mapping[Kind, Endpoint] = {
         addresses=("/v1/chat/completions",),
         parameters=_SAMPLING
         | frozenset(
-            "add_generation_prompt chat_template_kwargs continue_final_message documents "
+            "add_generation_prompt chat_template_kwargs continue_final_message documents echo "
             "include_reasoning max_completion_tokens messages parallel_tool_calls "
             "reasoning_effort tool_choice tools top_logprobs".split()
         ),
@@ -103,6 +112,7 @@ ENDPOINTS: Mapping[Kind, Endpoint] = {
         answers=Answers(opening_frames=1),
         tasks=frozenset({Task.GENERATE}),
         max_tokens=("max_tokens", "max_completion_tokens"),
+        messages="messages",
         stream_options=True,
     ),
     Kind.TEXT: Endpoint(
@@ -111,9 +121,11 @@ ENDPOINTS: Mapping[Kind, Endpoint] = {
         addresses=("/v1/completions",),
         parameters=_SAMPLING | frozenset("echo prompt suffix".split()),
         count=count_prompts,
+        prompts="prompt",
         answers=Answers(),
         tasks=frozenset({Task.GENERATE}),
         max_tokens=("max_tokens",),
+        engine_max_tokens=16,
         stream_options=True,
     ),
     Kind.EMBEDDINGS: Endpoint(
@@ -123,6 +135,7 @@ ENDPOINTS: Mapping[Kind, Endpoint] = {
         parameters=_POOLING
         | frozenset("add_special_tokens dimensions encoding_format input".split()),
         count=count_inputs,
+        prompts="input",
         answers=Embedded(),
         tasks=frozenset({Task.EMBED}),
     ),
@@ -132,6 +145,7 @@ ENDPOINTS: Mapping[Kind, Endpoint] = {
         addresses=("/v1/rerank", "/v2/rerank", "/rerank"),
         parameters=_SCORING | frozenset("documents query top_n".split()),
         count=count_documents,
+        prompts="documents",
         answers=Pooled(),
         tasks=frozenset({Task.EMBED, Task.SCORE}),
     ),
@@ -154,6 +168,7 @@ ENDPOINTS: Mapping[Kind, Endpoint] = {
             "continue_final_message messages model prompt return_token_strs tools".split()
         ),
         count=count_tokenized,
+        messages="messages",
         answers=Tokens(),
     ),
     Kind.DETOKENIZE: Endpoint(

@@ -11,10 +11,16 @@ import orjson
 import pytest
 
 from serve_app.records import Outcome
-from tests.integration.fakes import KEY, World, client, world
+from tests.integration.fakes import KEY, World, client, principal, world
 
 MODELS = [
-    {"name": "small", "app": "model-small", "max_tokens": 2000},
+    {
+        "name": "small",
+        "app": "model-small",
+        "max_tokens": 2000,
+        "aliases": ["gpt-4o-mini"],
+        "priority": True,
+    },
     {"name": "vectors", "app": "model-vectors", "task": "embed"},
     {"name": "judge", "app": "model-judge", "task": "score"},
 ]
@@ -143,7 +149,7 @@ async def test_what_the_engine_did_not_finish_costs_nothing(
     with pytest.raises(httpx.ReadTimeout):
         await http.post("/v1/embeddings", json=body, timeout=0.3)
     row = await served.the_record()
-    assert row.outcome is Outcome.CANCELLED
+    assert (row.outcome, row.prompt_tokens) == (Outcome.CANCELLED, 0)
     served.assert_accounts_add_up()
 
 
@@ -151,3 +157,118 @@ async def test_what_the_engine_did_not_finish_costs_nothing(
 async def test_another_method_is_405(served: World, http: httpx.AsyncClient, address: str) -> None:
     assert (await http.get(address)).status_code == 405
     await served.quiet()
+
+
+# Names.
+
+
+async def test_an_alias_is_the_model_under_another_name(served: World) -> None:
+    async with openai.AsyncOpenAI(api_key=KEY, base_url=f"{served.url}/v1") as api:
+        chat = await api.chat.completions.create(
+            model="gpt-4o-mini", messages=[{"role": "user", "content": "Hi"}], max_tokens=2
+        )
+        # As OpenAI names the snapshot that an alias leads to.
+        assert chat.model == "small"
+        listed = [(model.id, model.to_dict()["root"]) async for model in api.models.list()]
+        assert listed == [
+            ("small", "small"),
+            ("gpt-4o-mini", "small"),
+            ("vectors", "vectors"),
+            ("judge", "judge"),
+        ]
+        assert (await api.models.retrieve("gpt-4o-mini")).id == "gpt-4o-mini"
+    await served.quiet(records=3)
+    assert served.records[0].model == "small"
+    assert '"model":"small"' in served.lines.getvalue().splitlines()[0].replace(" ", "")
+
+
+async def test_an_alias_of_a_model_that_may_not_be_used_is_unknown(
+    served: World, http: httpx.AsyncClient
+) -> None:
+    only = principal("user-1", models=frozenset({"vectors"}))
+    served.authenticator.principals[KEY] = only
+    response = await http.post("/v1/completions", json={"model": "gpt-4o-mini", "prompt": "a"})
+    assert response.status_code == 404
+    assert "small" not in error_of(response)["message"]
+    listed = (await http.get("/v1/models")).json()["data"]
+    assert [card["id"] for card in listed] == ["vectors"]
+    assert (await http.get("/v1/models/gpt-4o-mini")).status_code == 404
+    await served.quiet(records=3)
+
+
+async def test_the_engine_is_asked_by_its_own_name() -> None:
+    models = [{"name": "small", "app": "model-small", "engine_name": "small-lora"}]
+    async with world(models=models, default_model="small") as served, client(served) as http:
+        response = await http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
+        assert response.json()["model"] == "small-lora"
+        assert (await served.the_record()).model == "small"
+
+
+async def test_without_a_default_a_model_must_be_named(
+    served: World, http: httpx.AsyncClient
+) -> None:
+    response = await http.post("/v1/completions", json={"prompt": "a"})
+    assert (response.status_code, error_of(response)["param"]) == (400, "model")
+    await served.quiet()
+
+
+# Priority.
+
+
+async def test_priority_reaches_queue_and_engine(served: World, http: httpx.AsyncClient) -> None:
+    body = {"model": "small", "prompt": "a", "max_tokens": 1}
+    assert (await http.post("/v1/completions", json={**body, "priority": 7})).status_code == 200
+    assert (await http.post("/v1/completions", json=body)).status_code == 200
+    refused = await http.post("/v1/completions", json={**body, "priority": -1})
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "priority")
+    await served.quiet(records=3)
+    assert [hint.standing.priority for hint in served.pool.hints] == [7, 0]
+    assert [asked.get("priority") for asked in served.replica.engine.asked] == [7, 0]
+
+
+# Caps.
+
+
+@pytest.mark.parametrize(
+    ("address", "body", "param"),
+    [
+        ("/v1/completions", {"model": "small", "prompt": "a", "n": 3}, "n"),
+        ("/v1/completions", {"model": "small", "prompt": ["a", "b"], "n": 2}, "n"),
+        ("/v1/completions", {"model": "small", "prompt": ["a"] * 4}, "prompt"),
+        ("/v1/completions", {"model": "small", "prompt": "a", "best_of": 2}, "best_of"),
+        ("/v1/embeddings", {"model": "vectors", "input": ["a"] * 4}, "input"),
+        ("/v1/rerank", {"model": "judge", "query": "q", "documents": ["a"] * 4}, "documents"),
+        ("/v1/score", {"model": "judge", "text_1": "q", "text_2": ["a"] * 4}, None),
+        ("/v1/chat/completions", {"model": "small", "messages": [{}] * 3}, "messages"),
+        ("/v1/completions", {"model": "small", "prompt": "a", "stop": ["a"] * 3}, "stop"),
+    ],
+)
+async def test_over_a_cap_of_the_policy(
+    address: str, body: dict[str, Any], param: str | None
+) -> None:
+    caps = {"max_n": 2, "max_choices": 3, "max_prompts": 3, "max_messages": 2, "max_stop": 2}
+    async with world(models=MODELS, caps=caps) as served, client(served) as http:
+        response = await http.post(address, json=body)
+        assert response.status_code == 400
+        assert error_of(response)["param"] == param
+        row = await served.the_record()
+        assert (row.outcome, row.replica_id) == (Outcome.REFUSED, None)
+
+
+async def test_the_cap_holds_where_no_number_is_named() -> None:
+    models = [{"name": "small", "app": "model-small", "max_tokens": 5}]
+    async with world(models=models) as served, client(served) as http:
+        messages = [{"role": "user", "content": "Hi"}]
+        body = {"model": "small", "messages": messages}
+        answer = (await http.post("/v1/chat/completions", json=body)).json()
+        assert answer["usage"]["completion_tokens"] == 5
+        await served.quiet()
+
+
+async def test_the_engine_is_sent_to_no_address(served: World, http: httpx.AsyncClient) -> None:
+    part = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}
+    body = {"model": "small", "messages": [{"role": "user", "content": [part]}]}
+    response = await http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "messages.0.content.0.image_url"
+    assert (await served.the_record()).replica_id is None

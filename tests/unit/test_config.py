@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from serve_app.config import Bodies, Durability, GatewayConfig, LimitPolicy, parse_config
+from serve_app.config import (
+    Bodies,
+    Caps,
+    Durability,
+    GatewayConfig,
+    LimitPolicy,
+    ModelEntry,
+    parse_config,
+)
 from serve_app.errors import ConfigError
 
 MODEL = {"name": "small", "app": "model-small"}
@@ -78,11 +86,34 @@ def test_config_that_is_none(raw: object) -> None:
         parse_config(GatewayConfig, raw, "user_config")
 
 
-def test_names_of_models_differ() -> None:
-    with pytest.raises(ConfigError, match="must differ"):
-        parse(models=[MODEL, {**MODEL, "app": "other"}])
+@pytest.mark.parametrize(
+    ("models", "setting", "value"),
+    [
+        ([MODEL, {**MODEL, "app": "other"}], "models.1.name", "small"),
+        ([{**MODEL, "aliases": ["small"]}], "models.0.aliases", "small"),
+        ([{**MODEL, "aliases": ["a", "a"]}], "models.0.aliases", "a"),
+        (
+            [{**MODEL, "aliases": ["a"]}, {"name": "b", "app": "b", "aliases": ["c", "a"]}],
+            "models.1.aliases",
+            "a",
+        ),
+        ([{**MODEL, "aliases": ["b"]}, {"name": "b", "app": "b"}], "models.1.name", "b"),
+    ],
+)
+def test_a_name_leads_to_one_model(models: list[dict[str, Any]], setting: str, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(models=models)
+    assert (caught.value.setting, caught.value.value) == (f"user_config.{setting}", value)
+
+
+def test_the_default_model_is_one_on_offer() -> None:
+    models = [{**MODEL, "aliases": ["a"]}]
+    assert parse(models=models, default_model="a").default_model == "a"
+    with pytest.raises(ConfigError) as caught:
+        parse(models=models, default_model="b")
+    assert (caught.value.setting, caught.value.value) == ("user_config.default_model", "b")
 
 
 def test_every_field_says_what_it_is() -> None:
-    for kind in (GatewayConfig, LimitPolicy):
+    for kind in (GatewayConfig, LimitPolicy, ModelEntry, Caps):
         assert all(field.description for field in kind.model_fields.values())
