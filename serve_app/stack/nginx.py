@@ -10,6 +10,7 @@ import grp
 import os
 import pwd
 import re
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -31,21 +32,24 @@ DEFAULTS: Mapping[str, str] = {
     "COMP_AI_NGINX_MAX_BODY": "32m",
     "COMP_AI_NGINX_RATE": "50r/s",
     "COMP_AI_NGINX_BURST": "200",
+    "COMP_AI_NGINX_TIMEOUT": "30s",
     "COMP_AI_NGINX_TRUSTED": "192.0.2.1/32",
     "COMP_AI_NGINX_LOG": "/dev/stdout",
 }
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 # One value must stay one word of nginx's language.
 _UNSAFE = re.compile(r"[\s;{}'\"$\\#]")
+_MOST_FILES = 65_536
 _MAIN = """\
 daemon off;
 {user}pid {work}/nginx.pid;
 error_log stderr warn;
 worker_processes auto;
-worker_rlimit_nofile 16384;
+# A stream takes two connections, and one worker may get most of them.
+worker_rlimit_nofile {files};
 # A stream may go on for minutes: a reload or a stop waits for it, but not for ever.
 worker_shutdown_timeout 30s;
-events {{ worker_connections 4096; }}
+events {{ worker_connections {connections}; }}
 http {{
     client_body_temp_path {work}/body;
     proxy_temp_path {work}/proxy;
@@ -166,7 +170,7 @@ def prepare(values: Mapping[str, str], template: Path = TEMPLATE) -> Nginx:
     work = Path(tempfile.mkdtemp(prefix="comp-ai-nginx-"))
     work.chmod(0o711)
     (work / "comp-ai.conf").write_text(server, encoding="utf-8")
-    (work / "nginx.conf").write_text(_MAIN.format(work=work, user=_user()), encoding="utf-8")
+    (work / "nginx.conf").write_text(_main(work), encoding="utf-8")
     nginx = Nginx(executable=binary(), work=work)
     try:
         nginx.check()
@@ -174,6 +178,13 @@ def prepare(values: Mapping[str, str], template: Path = TEMPLATE) -> Nginx:
         nginx.remove()
         raise
     return nginx
+
+
+def _main(work: Path) -> str:
+    # More than the hard limit cannot be had; a request body may need one beside its connections.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    return _MAIN.format(work=work, user=_user(), files=files, connections=files * 3 // 4)
 
 
 def _user() -> str:

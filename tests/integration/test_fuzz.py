@@ -1,0 +1,352 @@
+"""Whatever is sent: a 4xx in OpenAI's form, nothing leaked, a row each, and we still answer."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import re
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.types import Receive, Scope, Send
+
+from serve_app.completions.kinds import ENDPOINTS, Kind
+from serve_app.stack import nginx
+from serve_app.stack.ports import pick_free
+from tests.integration.fakes import AUTHORIZATION, KEY, World, client, until, world
+
+# The same examples each time; a longer hunt sets another profile by hand.
+FUZZ = settings(
+    max_examples=60,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+CHAT = "/v1/chat/completions"
+GOOD: dict[Kind, dict[str, Any]] = {
+    Kind.CHAT: {"messages": [{"role": "user", "content": "Hi"}]},
+    Kind.TEXT: {"prompt": "Hi"},
+    Kind.EMBEDDINGS: {"input": "Hi"},
+    Kind.RERANK: {"query": "a", "documents": ["a", "b"]},
+    Kind.SCORE: {"text_1": "a", "text_2": "b"},
+    Kind.TOKENIZE: {"prompt": "Hi"},
+    Kind.DETOKENIZE: {"tokens": [1]},
+}
+KINDS = [kind for kind in GOOD if ENDPOINTS[kind].addresses]
+_LEAK = re.compile(
+    r"Traceback|File \"|serve_app|deployments\.|site-packages|\.py\b|/tmp/|/home/|/root/"
+    r"|uvicorn|starlette|orjson|pydantic|asyncio|hunter2",
+    re.IGNORECASE,
+)
+
+
+async def _any_engine(scope: Scope, receive: Receive, send: Send) -> None:
+    """Take whatever comes: what is tested is the way to the engine, not its own checks."""
+    body = b""
+    more = True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    stream = orjson.loads(body).get("stream") is True
+    answer = b"data: [DONE]\n\n" if stream else b'{"choices":[]}'
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": answer})
+
+
+def _models() -> list[dict[str, Any]]:
+    tasks = {"small": "generate", "vectors": "embed"}
+    return [{"name": name, "app": name, "task": task} for name, task in tasks.items()]
+
+
+def _model_of(kind: Kind) -> str:
+    return "small" if kind in (Kind.CHAT, Kind.TEXT, Kind.TOKENIZE, Kind.DETOKENIZE) else "vectors"
+
+
+def _good(kind: Kind) -> dict[str, Any]:
+    return {"model": _model_of(kind), **GOOD[kind]}
+
+
+@asynccontextmanager
+async def _open_world() -> AsyncIterator[World]:
+    async with world(engine_app=_any_engine, models=_models(), max_body_bytes=200_000) as served:
+        yield served
+
+
+def assert_refused(status: int, content_type: str, body: bytes) -> dict[str, Any]:
+    """Check one refusal, and return its error object."""
+    assert 400 <= status < 500, (status, body[:300])
+    assert content_type == "application/json"
+    error: dict[str, Any] = orjson.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert error["code"]
+    assert len(body) < 2000
+    assert not _LEAK.search(body.decode()), body
+    return error
+
+
+async def _still_answers(served: World, http: httpx.AsyncClient) -> None:
+    before = len(served.records)
+    assert (await http.post(CHAT, json=_good(Kind.CHAT))).status_code == 200
+    assert not any(record.status >= 500 for record in served.records)
+    await served.quiet(records=before + 1)
+
+
+# Bodies that are wrong in a known way.
+
+
+def _with(kind: Kind, raw_field: bytes) -> bytes:
+    return orjson.dumps(_good(kind))[:-1] + b"," + raw_field + b"}"
+
+
+def _broken(kind: Kind) -> Iterator[tuple[str, bytes]]:
+    good = orjson.dumps(_good(kind))
+    yield "empty", b""
+    yield "truncated", good[:-1]
+    yield "truncated in a text", good[: good.rindex(b'"')]
+    yield "two objects", good + good
+    yield "an array", b"[" + good + b"]"
+    yield "a number", b"1"
+    yield "deep arrays", b"[" * 100_000
+    yield "deep objects", b'{"a":' * 30_000 + b"1" + b"}" * 30_000
+    yield "deep field", _with(kind, b'"user":' + b"[" * 600 + b"]" * 600)
+    yield "NaN", _with(kind, b'"seed":NaN')
+    yield "infinity", _with(kind, b'"seed":-Infinity')
+    yield "beyond a double", _with(kind, b'"seed":1e999')
+    yield "a field twice", _with(kind, b'"model":"absent"')
+    yield "an inner field twice", _with(kind, b'"user":{"a":1,"a":2}')
+    yield "UTF-8 cut short", _with(kind, b'"user":"\xc3"')
+    yield "overlong UTF-8", _with(kind, b'"user":"\xc0\xaf"')
+    yield "UTF-8 of a surrogate", _with(kind, b'"user":"\xed\xa0\x80"')
+    yield "a lone surrogate", _with(kind, b'"user":"\\ud800"')
+    yield "UTF-16", json.dumps(_good(kind)).encode("utf-16")
+    yield "a byte order mark", b"\xef\xbb\xbf" + good
+    yield "a raw NUL", _with(kind, b'"user":"a\x00b"')
+    yield "a raw newline in a text", _with(kind, b'"user":"a\nb"')
+    yield "single quotes", good.replace(b'"', b"'")
+    yield "a comment", b"/* hunter2 */" + good
+    yield "gzip without saying so", gzip.compress(good)
+    yield "10 MB", _with(kind, b'"user":"' + b"x" * 10_000_000 + b'"')
+    yield "an unknown field", _with(kind, b'"hunter3":1')
+    yield "a field of no name", _with(kind, b'"":1')
+    yield "a field with a long name", _with(kind, b'"' + b"y" * 100_000 + b'":1')
+    yield "a NUL in the model", orjson.dumps({**_good(kind), "model": "a\x00b"})
+    yield "a long model", orjson.dumps({**_good(kind), "model": "z" * 100_000})
+    yield "no model", orjson.dumps(GOOD[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.route)
+async def test_broken_bodies(kind: Kind) -> None:
+    async with _open_world() as served, client(served) as http:
+        bodies = dict(_broken(kind))
+        for number, (name, body) in enumerate(bodies.items(), 1):
+            answer = await http.post(ENDPOINTS[kind].addresses[0], content=body)
+            assert_refused(answer.status_code, answer.headers["content-type"], answer.content)
+            await until(lambda wanted=number: len(served.records) == wanted)  # type: ignore[misc]
+            assert served.records[-1].status == answer.status_code, name
+        await _still_answers(served, http)
+
+
+# Bodies that nobody thought of.
+
+_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text("abcdef_", min_size=1, max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+def _answered(http: httpx.Client, path: str, body: bytes) -> None:
+    answer = http.post(path, content=body, headers={"content-type": "application/json"})
+    if answer.status_code != 200:
+        assert_refused(answer.status_code, answer.headers["content-type"], answer.content)
+
+
+async def _hunt(served: World, hunt: Any) -> None:
+    """Run `hunt` in a thread: the gateway serves in this one."""
+    with httpx.Client(base_url=served.url, headers=AUTHORIZATION, timeout=20) as http:
+        await asyncio.to_thread(hunt, http)
+    async with client(served) as again:
+        await _still_answers(served, again)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.route)
+async def test_any_value_in_any_parameter(kind: Kind) -> None:
+    address, names = ENDPOINTS[kind].addresses[0], sorted(ENDPOINTS[kind].parameters)
+
+    def hunt(http: httpx.Client) -> None:
+        @FUZZ
+        @given(st.dictionaries(st.sampled_from(names), _JSON, min_size=1, max_size=3))
+        def examples(fields: dict[str, Any]) -> None:
+            _answered(http, address, orjson.dumps({**_good(kind), **fields}))
+
+        examples()
+
+    async with _open_world() as served:
+        await _hunt(served, hunt)
+
+
+async def test_bytes_flipped_put_in_and_taken_out() -> None:
+    good = orjson.dumps(_good(Kind.CHAT) | {"stream": True, "max_tokens": 5, "stop": ["\\"]})
+    edits = st.lists(
+        st.tuples(st.integers(0, len(good) - 1), st.integers(0, 2), st.binary(max_size=3)),
+        min_size=1,
+        max_size=4,
+    )
+
+    def hunt(http: httpx.Client) -> None:
+        @FUZZ
+        @given(edits)
+        def examples(made: list[tuple[int, int, bytes]]) -> None:
+            body = bytearray(good)
+            for place, taken, put in made:
+                body[place : place + taken] = put
+            _answered(http, CHAT, bytes(body))
+
+        examples()
+
+    async with _open_world() as served:
+        await _hunt(served, hunt)
+
+
+# Requests that are no good HTTP, through the real nginx.
+
+
+@contextmanager
+def _door(served: World, **values: str) -> Iterator[int]:
+    """Put nginx before the gateway; yields its port."""
+    [port] = pick_free(1)
+    server = nginx.prepare(
+        {
+            "COMP_AI_NGINX_LISTEN": f"127.0.0.1:{port}",
+            "COMP_AI_NGINX_UPSTREAM": served.server.address,
+            "COMP_AI_NGINX_LOG": "/dev/null",
+            **{f"COMP_AI_NGINX_{name.upper()}": value for name, value in values.items()},
+        }
+    )
+    process = subprocess.Popen(server.command, stderr=subprocess.DEVNULL)
+    try:
+        deadline_s = time.monotonic() + 20
+        while not _listens(port):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(20)
+        server.remove()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def _raw(port: int, request: bytes) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        async with asyncio.timeout(20):
+            writer.write(request)
+            return await reader.read()
+    finally:
+        writer.close()
+
+
+def _request(
+    *headers: bytes, line: bytes = b"POST /v1/chat/completions HTTP/1.1", body: bytes = b""
+) -> bytes:
+    head = [line, b"Host: x", b"Connection: close", f"Authorization: Bearer {KEY}".encode()]
+    return b"\r\n".join([*head, *headers, b"", b""]) + body
+
+
+_CHUNKED = b"Transfer-Encoding: chunked"
+_ODD: dict[str, bytes] = {
+    "no HTTP": b"hunter2\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 50 + b"\r\n\r\n",
+    "an unknown version": _request(line=b"POST /v1/models HTTP/9.9"),
+    "an unknown method": _request(line=b"HUNT /v1/models HTTP/1.1"),
+    "TRACE": _request(line=b"TRACE /v1/models HTTP/1.1"),
+    "PROPFIND": _request(line=b"PROPFIND /v1/models HTTP/1.1"),
+    "a long address": _request(line=b"GET /v1/models/" + b"a" * 60_000 + b" HTTP/1.1"),
+    "a NUL in the address": _request(line=b"GET /v1/models/%00 HTTP/1.1"),
+    "an address that climbs": _request(line=b"GET /v1/../../etc/passwd HTTP/1.1"),
+    "a bad escape": _request(line=b"GET /v1/models/%zz HTTP/1.1"),
+    "bytes in the address": _request(line=b"GET /v1/models/\xff\xfe HTTP/1.1"),
+    "no host": b"POST /v1/chat/completions HTTP/1.1\r\nConnection: close\r\n\r\n",
+    "two hosts": _request(b"Host: y"),
+    "two credentials": _request(b"Authorization: Bearer other"),
+    "64 KiB of a header": _request(b"X-Big: " + b"x" * 65_536),
+    "1,000 headers": _request(*(b"X-%d: %s" % (n, b"y" * 100) for n in range(1000))),
+    "a header without a colon": _request(b"hunter2"),
+    "a control character in a header": _request(b"User-Agent: \x01\x7f"),
+    "bytes in a header": _request(b"Idempotency-Key: \xff\xfe"),
+    "CONNECT": _request(line=b"CONNECT other:443 HTTP/1.1"),
+    "OPTIONS of everything": _request(line=b"OPTIONS * HTTP/1.1"),
+    "the start of HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "a NUL in a header": _request(b"X-Odd: a\x00b"),
+    "two lengths": _request(b"Content-Length: 2", b"Content-Length: 3", body=b"{}"),
+    "no number as length": _request(b"Content-Length: two", body=b"{}"),
+    "a negative length": _request(b"Content-Length: -2", body=b"{}"),
+    "a huge length": _request(b"Content-Length: 99999999999999999999", body=b"{}"),
+    "length and chunks": _request(b"Content-Length: 2", _CHUNKED, body=b"0\r\n\r\n"),
+    "an unknown transfer": _request(b"Transfer-Encoding: gzip", body=b"{}"),
+    "a chunk of no size": _request(_CHUNKED, body=b"zz\r\n{}\r\n0\r\n\r\n"),
+    "a chunk of a huge size": _request(_CHUNKED, body=b"fffffffffffffffff\r\n{}\r\n"),
+    "a chunk that is too long": _request(_CHUNKED, body=b"1\r\n{}{}{}\r\n0\r\n\r\n"),
+    "no body": _request(),
+    "an odd type": _request(b"Content-Type: \xff/;;=", b"Content-Length: 2", body=b"{}"),
+    "gzip": _request(b"Content-Encoding: gzip", b"Content-Length: 2", body=b"{}"),
+    "expects the impossible": _request(b"Expect: hunter2", b"Content-Length: 2", body=b"{}"),
+}
+
+
+async def test_odd_requests_through_nginx() -> None:
+    async with _open_world() as served:
+        with _door(served) as port:
+            answers = {name: await _raw(port, request) for name, request in _ODD.items()}
+        for name, answer in answers.items():
+            head, _, body = answer.partition(b"\r\n\r\n")
+            lines = head.decode("latin-1").lower().split("\r\n")
+            assert lines[0].startswith("http/1.1 4"), (name, head)
+            headers = dict(line.split(": ", 1) for line in lines[1:])
+            assert_refused(int(lines[0].split()[1]), headers["content-type"], body)
+            assert headers["x-request-id"], name
+        async with client(served) as http:
+            await _still_answers(served, http)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-Slow",
+        _request(b"Content-Length: 100", body=b'{"model'),
+        _request(_CHUNKED, body=b"9\r\n{"),
+    ],
+    ids=["headers", "body", "chunk"],
+)
+async def test_who_dawdles_is_cut_off_and_holds_nothing_behind_nginx(sent: bytes) -> None:
+    async with _open_world() as served:
+        with _door(served, timeout="1s") as port:
+            assert await _raw(port, sent) == b""
+        assert served.records == []
+        async with client(served) as http:
+            await _still_answers(served, http)
