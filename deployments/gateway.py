@@ -13,9 +13,10 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from deployments.limits import Limits
-from deployments.metrics import RayGatewayMetrics
+from deployments.metrics import RayBatchMetrics, RayGatewayMetrics
 from deployments.request_log import RequestLog, RequestLogOptions
 from deployments.seams import RayLimitKeeper, RayModelPool, RayRecordSink
+from serve_app.batches.runner import BatchRunner
 from serve_app.completions import gateway
 from serve_app.completions.body import Defaults
 from serve_app.completions.parts import Parts
@@ -97,12 +98,15 @@ class Gateway:
         self._sweeper = Sweeper(self._parts.database)
         self._sweeper.start()
         self._gateway: gateway.Gateway | None = None
+        self._batches: BatchRunner | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over the policy in `user_config`. Raises ConfigError where it is wrong."""
         config = parse_config(GatewayConfig, user_config, "user_config")
         if self._gateway is None:
             self._gateway = gateway.Gateway(config, self._parts)
+            self._batches = BatchRunner(self._gateway, RayBatchMetrics())
+            self._batches.start()
         else:
             self._gateway.config = config
 
@@ -117,6 +121,8 @@ class Gateway:
     async def __del__(self) -> None:
         """Finish what is under way, then close; Serve calls this after it has drained."""
         await self._sweeper.close()
+        if self._batches is not None:
+            await self._batches.close()
         if self._gateway is not None:
             await self._gateway.close()
         await self._limits.close()

@@ -5,6 +5,8 @@ Observed once a request, never a token: Ray's agent handles every observation in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from serve_app.errors import ModelNotReady, ModelOverloaded, RateLimited
@@ -81,3 +83,22 @@ class RayGatewayMetrics:
     def requests_waiting(self, app: str, requests: int) -> None:
         """Set the gauge."""
         self._waiting.set(requests, {"app": app})
+
+
+class RayBatchMetrics:
+    """Counts what a gateway does for batches."""
+
+    def __init__(self) -> None:
+        self._lines = Counter(
+            "comp_ai_batch_lines", "Requests of batches that ended here.", ("result",)
+        )
+        self._open = Gauge("comp_ai_batches_open", "Batches that have not ended.", ("status",))
+
+    def line_ended(self, result: str) -> None:
+        """See `BatchMetrics.line_ended`."""
+        self._lines.inc(1, {"result": result})
+
+    def batches_open(self, counts: Mapping[str, int]) -> None:
+        """See `BatchMetrics.batches_open`."""
+        for status, count in counts.items():
+            self._open.set(count, {"status": status})

@@ -223,6 +223,44 @@ class IdempotencyConfig(_Config):
     )
 
 
+class FilesConfig(_Config):
+    """Files that are uploaded, and the results of batches."""
+
+    max_bytes: int = Field(
+        default=100 * 1024 * 1024, ge=1024, le=1024**3, description="Largest file of an upload."
+    )
+    max_bytes_per_principal: int = Field(
+        default=1024**3,
+        ge=1024,
+        description="Most bytes that the files of one principal may hold for it to upload more.",
+    )
+    retention_s: int = Field(
+        default=30 * 24 * 3600,
+        ge=3600,
+        description="How long a file is kept that names no expiry, and a batch that has ended.",
+    )
+
+
+class BatchesConfig(_Config):
+    """How batches are run."""
+
+    concurrency: int = Field(
+        default=8,
+        ge=0,
+        le=1000,
+        description="Most requests of batches under way at one gateway; 0 runs none.",
+    )
+    max_lines: int = Field(
+        default=50_000, ge=1, le=1_000_000, description="Most requests in one batch."
+    )
+    max_open_per_principal: int = Field(
+        default=50,
+        ge=1,
+        le=10_000,
+        description="Most batches of one principal that have not ended.",
+    )
+
+
 class GatewayConfig(_Config):
     """The gateway's policy."""
 
@@ -247,6 +285,8 @@ class GatewayConfig(_Config):
     queue: QueueConfig = Field(
         default=QueueConfig(), description="The queue in front of each model."
     )
+    files: FilesConfig = Field(default=FilesConfig(), description="Uploads and results.")
+    batches: BatchesConfig = Field(default=BatchesConfig(), description="How batches are run.")
     bodies: Bodies = Field(
         default=Bodies.FULL, description="Keep prompts and answers in the log (full) or not (none)."
     )

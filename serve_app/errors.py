@@ -4,6 +4,7 @@
     ├── ConfigError                     stops the start, never reaches a client
     └── RequestError                    becomes one OpenAI error object
         ├── InvalidRequest       400
+        │   ├── FileQuotaExceeded
         │   ├── MalformedBody
         │   └── UnsupportedParameter
         ├── AuthenticationFailed 401
@@ -123,6 +124,14 @@ class MalformedBody(InvalidRequest):
     code = "invalid_json"
     cause = "the body is no JSON object, names a field twice, or is nested too deeply"
     remedy = "send a JSON object, each name in it once"
+
+
+class FileQuotaExceeded(InvalidRequest):
+    """Your files hold too many bytes. Delete files that you no longer need."""
+
+    code = "file_quota_exceeded"
+    cause = "with this upload your files would hold more than `files.max_bytes_per_principal`"
+    remedy = "delete files that you no longer need, results of old batches among them"
 
 
 class UnsupportedParameter(InvalidRequest):

@@ -15,6 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serve_app.batches.http import add_batches
 from serve_app.completions.kinds import Kind
 from serve_app.openapi import DESCRIPTION, completed, completion_docs
 from serve_app.refusals import add_refusals
@@ -46,6 +47,7 @@ def create_app(gateway: GetGateway, checks: Callable[[], list[Check]]) -> FastAP
     app = _App(title="Comp AI", description=DESCRIPTION, docs_url=None, redoc_url=None)
     _add_completions(app, gateway)
     _add_models(app, gateway)
+    add_batches(app, gateway)
     _add_health(app, checks)
     _add_docs(app)
     add_refusals(app, gateway)

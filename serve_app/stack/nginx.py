@@ -30,6 +30,7 @@ DEFAULTS: Mapping[str, str] = {
     "COMP_AI_NGINX_UPSTREAM": "127.0.0.1:3002",
     "COMP_AI_NGINX_PREFIX": "/api/v1/comp-ai",
     "COMP_AI_NGINX_MAX_BODY": "32m",
+    "COMP_AI_NGINX_MAX_UPLOAD": "128m",
     "COMP_AI_NGINX_RATE": "50r/s",
     "COMP_AI_NGINX_BURST": "200",
     "COMP_AI_NGINX_TIMEOUT": "30s",

@@ -26,7 +26,14 @@ class Sweep:
     sql: str
 
 
-SWEEPS = (Sweep("idempotency", named_queries("serve_app.stored", "idempotency.sql")["sweep"]),)
+_BATCHES = named_queries("serve_app.batches", "queries.sql")
+
+SWEEPS = (
+    Sweep("idempotency", named_queries("serve_app.stored", "idempotency.sql")["sweep"]),
+    Sweep("file chunks", _BATCHES["sweep_chunks"]),
+    Sweep("files", _BATCHES["sweep_files"]),
+    Sweep("batches", _BATCHES["sweep_batches"]),
+)
 
 
 class Sweeper:

@@ -155,6 +155,9 @@ def _error(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
         "/v1/models",
         "/v1/chat/completions",
         "/v1/embeddings",
+        "/v1/files",
+        "/v1/files/file-1/content",
+        "/v1/batches/batch_1/cancel",
         "/tokenize",
         "/detokenize",
         "/score",
@@ -335,6 +338,16 @@ def test_a_chunked_body_over_the_limit_is_refused_by_the_gateway(door: Any, upst
     assert response.status_code == 413
     assert [seen["path"] for seen in upstream[0].seen] == ["/-/refused/413"]
     assert upstream[0].seen[0]["body"] == b""
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_an_upload_may_be_larger_than_other_bodies(door: Any, upstream: Any, prefix: str) -> None:
+    client = door(max_body="1k", max_upload="8k")
+    sizes = {"/v1/files": (8192, 8193), "/v1/files/x": (1024, 1025), "/v1/batches": (1024, 1025)}
+    for path, (most, too_much) in sizes.items():
+        assert client.post(f"{prefix}{path}", content=b"x" * most).status_code == 200
+        assert len(upstream[0].seen[-1]["body"]) == most
+        assert client.post(f"{prefix}{path}", content=b"x" * too_much).status_code == 413
 
 
 def test_too_many_requests_are_refused_in_the_openai_form(door: Any, upstream: Any) -> None:
