@@ -173,6 +173,8 @@ class Line:
             return
         elif error is not None and since_s is not None:
             self._pass_on(error)
+        # A call that was dropped may have served somebody, for whom another was made.
+        self._drop_calls()
         if (first := self._queue.first()) is not None:
             self._ask(first.item.ticket)
 
