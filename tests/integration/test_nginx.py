@@ -265,6 +265,7 @@ def test_only_the_headers_of_the_list_reach_the_gateway(door: Any, upstream: Any
             "authorization": "Bearer key",
             "content-type": "application/json",
             "traceparent": "00-1-1-01",
+            "idempotency-key": "8e03978e",
             "x-comp-ai-server-timing": "trailer",
             "x-forwarded-for": "1.2.3.4",
             "x-forwarded-proto": "https",
@@ -277,6 +278,7 @@ def test_only_the_headers_of_the_list_reach_the_gateway(door: Any, upstream: Any
     assert seen["headers"]["authorization"] == "Bearer key"
     assert seen["headers"]["content-type"] == "application/json"
     assert seen["headers"]["traceparent"] == "00-1-1-01"
+    assert seen["headers"]["idempotency-key"] == "8e03978e"
     assert seen["headers"]["x-comp-ai-server-timing"] == "trailer"
     for name in ("x-forwarded-for", "x-real-ip"):
         assert seen["headers"][name] == "127.0.0.1"
