@@ -35,8 +35,13 @@ def _gateway_config(raw: dict[str, Any]) -> GatewayConfig:
     return parse_config(GatewayConfig, gateway["user_config"], "user_config")
 
 
-def test_all_three_settings_ship() -> None:
-    assert {path.stem for path in CONFIGS} == {"local-cpu", "single-gpu", "cluster"}
+def test_all_settings_ship() -> None:
+    assert {path.stem for path in CONFIGS} == {
+        "local-cpu",
+        "local-cpu-models",
+        "single-gpu",
+        "cluster",
+    }
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
