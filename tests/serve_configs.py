@@ -8,9 +8,13 @@ from typing import Any
 
 import yaml
 
-_SHIPPED = Path(__file__).resolve().parents[1] / "configs" / "local-cpu.yaml"
+_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 REAL_MODEL = "smollm2-135m-instruct"
+EMBEDDING_MODEL = "all-minilm-l6-v2"
+ADAPTER = "smollm2-wild"
 FAKE_MODEL = "fake"
+# How long the suites let the real engine stand still.
+STUCK_AFTER_S = 20
 LIMITED_OWNER = "limited"
 
 _FAKE_APP: dict[str, Any] = {
@@ -34,7 +38,7 @@ _FAKE_APP: dict[str, Any] = {
 
 def suite_config(*, real_model: bool, gateways: int) -> dict[str, Any]:
     """Return the shipped CPU config with a fake model beside or instead of the real one."""
-    config: dict[str, Any] = yaml.safe_load(_SHIPPED.read_text())
+    config: dict[str, Any] = _shipped("local-cpu")
     if not real_model:
         config["applications"] = [config["applications"][0]]
     config["applications"].append(deepcopy(_FAKE_APP))
@@ -45,8 +49,54 @@ def suite_config(*, real_model: bool, gateways: int) -> dict[str, Any]:
     policy = gateway["user_config"]
     names = [REAL_MODEL, FAKE_MODEL] if real_model else [FAKE_MODEL]
     policy["models"] = [{"name": name, "app": name, "max_tokens": 2048} for name in names]
+    if real_model:
+        policy["models"][0]["priority"] = True
     policy["limits"] = {
         "default": {"requests_per_minute": 100_000, "concurrency": 1000},
         "principals": {LIMITED_OWNER: {"requests_per_minute": 10}},
     }
     return config
+
+
+def with_adapter(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return `config` with the LoRA adapter in `folder` beside the real model."""
+    config = deepcopy(config)
+    app = _app(config, REAL_MODEL)
+    app["args"]["adapters"] = [{"name": ADAPTER, "weights": str(folder)}]
+    _models(config).append({"name": ADAPTER, "app": REAL_MODEL, "max_tokens": 2048})
+    return config
+
+
+def quick_to_notice(config: dict[str, Any]) -> dict[str, Any]:
+    """Return `config` with a real model that is soon found stuck."""
+    config = deepcopy(config)
+    app = _app(config, REAL_MODEL)
+    app["args"]["stuck_after_s"] = STUCK_AFTER_S
+    app["deployments"][0]["health_check_period_s"] = 2
+    return config
+
+
+def with_embedding_model(config: dict[str, Any]) -> dict[str, Any]:
+    """Return `config` with the embedding model as it is shipped."""
+    shipped = _shipped("local-cpu-models")
+    config = deepcopy(config)
+    config["applications"].append(_app(shipped, EMBEDDING_MODEL))
+    _models(config).extend(m for m in _models(shipped) if m["name"] == EMBEDDING_MODEL)
+    return config
+
+
+def _shipped(name: str) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((_CONFIGS / f"{name}.yaml").read_text())
+    return config
+
+
+def _app(config: dict[str, Any], name: str) -> dict[str, Any]:
+    app: dict[str, Any] = next(a for a in config["applications"] if a["name"] == name)
+    return app
+
+
+def _models(config: dict[str, Any]) -> list[dict[str, Any]]:
+    models: list[dict[str, Any]] = config["applications"][0]["deployments"][0]["user_config"][
+        "models"
+    ]
+    return models

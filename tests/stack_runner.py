@@ -23,11 +23,12 @@ import psutil
 import yaml
 
 from serve_app.stack.postgres import EmbeddedPostgres
+from serve_app.stack.serve_api import ServeApi, read_config
 
 PROJECT = Path(__file__).resolve().parents[1]
 COMP_AI = Path(sys.executable).parent / "comp-ai"
 BOOTSTRAP_KEY = "bootstrap-key-of-the-test-stack-0123456789"
-START_TIMEOUT_S = 420.0
+START_TIMEOUT_S = 600.0
 PORTS = (
     "COMP_AI_HTTP_PORT",
     "COMP_AI_PORT",
@@ -127,13 +128,29 @@ class RunningStack:
     def engine(self, app: str) -> dict[str, Any]:
         """Return the engine's own counters of the model application `app`, now."""
         if self.probe is None:
-            self.probe = _start_probe(self.env, self.home / "run" / "ray-token")
+            self.probe = start_driver(self.env, self.home / "run" / "ray-token", _PROBE)
         assert self.probe.stdin is not None
         assert self.probe.stdout is not None
         self.probe.stdin.write(f"{app}\n")
         self.probe.stdin.flush()
         counters: dict[str, Any] = json.loads(self.probe.stdout.readline())
         return counters
+
+    def config(self) -> dict[str, Any]:
+        """Return the Serve config that it was started with."""
+        return read_config(self.home / "serve.yaml", port=int(self.env["COMP_AI_PORT"]))
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        """Hand `config` to Serve, as `serve deploy` does; do not wait."""
+        asyncio.run(self._deploy(config))
+
+    async def _deploy(self, config: dict[str, Any]) -> None:
+        token = (self.home / "run" / "ray-token").read_text().strip()
+        api = ServeApi(f"http://127.0.0.1:{self.env['COMP_AI_DASHBOARD_PORT']}", token)
+        try:
+            await api.deploy(config)
+        finally:
+            await api.close()
 
     def stop(self) -> None:
         """Press Ctrl-C, wait for the end."""
@@ -157,9 +174,10 @@ for line in sys.stdin:
 """
 
 
-def _start_probe(env: dict[str, str], token: Path) -> subprocess.Popen[str]:
+def start_driver(env: dict[str, str], token: Path, program: str) -> subprocess.Popen[str]:
+    """Start a Python program that gets the cluster's address and may join it."""
     return subprocess.Popen(
-        [sys.executable, "-c", _PROBE, f"127.0.0.1:{env['COMP_AI_RAY_PORT']}"],
+        [sys.executable, "-c", program, f"127.0.0.1:{env['COMP_AI_RAY_PORT']}"],
         env=env
         | {
             "RAY_AUTH_MODE": "token",
@@ -218,13 +236,17 @@ def running_stack(config: dict[str, Any], **settings: str) -> Iterator[RunningSt
             stack.stop()
 
 
+def models_path() -> Path:
+    """Return the folder of the models, which the stacks of all tests share."""
+    return Path(os.environ.get("COMP_AI_MODEL_PATH", "~/.comp-ai/models")).expanduser()
+
+
 def start_stack(home: Path, config: Path | None, **settings: str) -> RunningStack:
     """Start `comp-ai up` with its data in `home`; do not wait."""
     ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
-    models = os.environ.get("COMP_AI_MODEL_PATH", str(Path("~/.comp-ai/models").expanduser()))
     env = os.environ | ports | {
         "COMP_AI_HOME": str(home),
-        "COMP_AI_MODEL_PATH": models,
+        "COMP_AI_MODEL_PATH": str(models_path()),
         "COMP_AI_API_KEY": BOOTSTRAP_KEY,
         "COMP_AI_NGINX_RATE": "10000r/s",
         "COMP_AI_NGINX_BURST": "10000",

@@ -1,4 +1,7 @@
-"""One stack for the whole suite: nginx, two gateways, the real engine and a fake one."""
+"""One stack for the whole suite: nginx, two gateways, the real engine and a fake one.
+
+The real engine has an adapter; `test_models.py` adds an embedding model for a while.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,20 @@ from collections.abc import Iterator
 import pytest
 from openai import OpenAI
 
-from tests.serve_configs import suite_config
-from tests.stack_runner import RunningStack, running_stack
+from serve_app.models.fetch import MINILM, SMOLLM2, fetch
+from tests.adapters import write_adapter
+from tests.serve_configs import quick_to_notice, suite_config, with_adapter
+from tests.stack_runner import RunningStack, models_path, running_stack
 
 
 @pytest.fixture(scope="session")
-def stack() -> Iterator[RunningStack]:
-    with running_stack(suite_config(real_model=True, gateways=2)) as running:
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
+    adapter = tmp_path_factory.mktemp("adapter")
+    write_adapter(fetch(SMOLLM2, models_path(), print), adapter)
+    # `up` fetches the models of its own config only.
+    fetch(MINILM, models_path(), print)
+    config = with_adapter(suite_config(real_model=True, gateways=2), adapter)
+    with running_stack(quick_to_notice(config)) as running:
         yield running
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serve_configs import FAKE_MODEL, REAL_MODEL
+from tests.serve_configs import ADAPTER, FAKE_MODEL, REAL_MODEL
 from tests.stack_runner import BOOTSTRAP_KEY, RunningStack, wait_until
 
 SECRET_PROMPT = "tell nobody about the yellow submarine"
@@ -36,6 +36,7 @@ def test_health_and_readiness(stack: RunningStack) -> None:
         "limits": True,
         "request_log": True,
         f"model {REAL_MODEL}": True,
+        f"model {ADAPTER}": True,
         f"model {FAKE_MODEL}": True,
     }
 

@@ -1,0 +1,112 @@
+"""The same requests through Comp AI and to the engine itself: the same bytes come back.
+
+Ids and the time of making are the only difference. Each request is sent once before, so that
+both find the engine's cache of prompts warm: a cached prompt is computed in other pieces,
+and its logprobs then differ in the last digit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.bare_engine import BareEngine, bare_engine
+from tests.serve_configs import ADAPTER, REAL_MODEL
+from tests.stack_runner import RunningStack
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+_QUESTION = [{"role": "user", "content": "Name three colours."}]
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 20}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": (CHAT, {"messages": _QUESTION, "temperature": 0}),
+    "chat of an adapter": (CHAT, {"messages": _QUESTION, "temperature": 0, "model": ADAPTER}),
+    "seed": (CHAT, {"messages": _QUESTION, "temperature": 1.3, "seed": 11, "top_p": 0.9}),
+    "logprobs": (CHAT, {"messages": _QUESTION, "temperature": 0, "logprobs": True}),
+    "top logprobs": (
+        CHAT,
+        {"messages": _QUESTION, "temperature": 0, "logprobs": True, "top_logprobs": 3},
+    ),
+    "n": (CHAT, {"messages": _QUESTION, "temperature": 1, "seed": 3, "n": 2}),
+    "stop": (CHAT, {"messages": _QUESTION, "temperature": 0, "stop": ["e"]}),
+    "penalties": (
+        CHAT,
+        {"messages": _QUESTION, "temperature": 0, "presence_penalty": 1, "frequency_penalty": 0.5},
+    ),
+    "tools": (
+        CHAT,
+        {"messages": _QUESTION, "temperature": 0, "tools": [_TOOL], "tool_choice": "required"},
+    ),
+    "tool by name": (
+        CHAT,
+        {
+            "messages": _QUESTION,
+            "temperature": 0,
+            "tools": [_TOOL],
+            "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
+        },
+    ),
+    "json": (
+        CHAT,
+        {"messages": _QUESTION, "temperature": 0, "response_format": {"type": "json_object"}},
+    ),
+    "text": (TEXT, {"prompt": "The sea is", "temperature": 0}),
+    "texts": (TEXT, {"prompt": ["The sea is", "Once upon a time"], "temperature": 0}),
+    "text with logprobs": (TEXT, {"prompt": "The sea is", "temperature": 0, "logprobs": 2}),
+    "text echoed": (TEXT, {"prompt": "The sea is", "temperature": 0, "echo": True}),
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "stream": {"stream": True},
+    "stream with usage": {"stream": True, "stream_options": {"include_usage": True}},
+}
+_DIFFERENT = re.compile(
+    rb'"id":"(?:chatcmpl-|cmpl-|call_)[\w-]+"|"created":\d+|"id":"chatcmpl-tool-\w+"'
+)
+
+
+@pytest.fixture(scope="module")
+def engine(stack: RunningStack) -> Iterator[BareEngine]:
+    with bare_engine(stack, REAL_MODEL) as bare:
+        yield bare
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", REQUESTS)
+def test_the_same_bytes(
+    stack: RunningStack, engine: BareEngine, api_key: str, name: str, way: str
+) -> None:
+    path, asked = REQUESTS[name]
+    body = {"model": REAL_MODEL, "max_tokens": 24} | asked | WAYS[way]
+    engine.post(path, body)
+    bare = engine.post(path, body)
+    headers = {"Authorization": f"Bearer {api_key}"}
+    ours = httpx.post(f"{stack.url}{path}", headers=headers, json=body, timeout=120)
+    assert bare.status_code == ours.status_code == 200, bare.text + ours.text
+    assert len(bare.content) > 100
+    assert _same(ours.content) == _same(bare.content)
+    assert _media_type(ours) == _media_type(bare)
+
+
+def _same(answer: bytes) -> bytes:
+    return _DIFFERENT.sub(b"", answer)
+
+
+def _media_type(answer: httpx.Response) -> str:
+    return answer.headers["content-type"].split(";")[0]
