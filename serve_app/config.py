@@ -261,6 +261,23 @@ class BatchesConfig(_Config):
     )
 
 
+class ResponsesConfig(_Config):
+    """Responses that are stored, and those that are made in the background."""
+
+    keep_s: float = Field(
+        default=30 * 24 * 3600.0,
+        gt=0,
+        le=3660 * 24 * 3600.0,
+        description="How long a response is kept after it was made or last continued.",
+    )
+    max_background: int = Field(
+        default=32,
+        ge=0,
+        le=10_000,
+        description="Responses that one gateway makes in the background at once.",
+    )
+
+
 class GatewayConfig(_Config):
     """The gateway's policy."""
 
@@ -287,6 +304,9 @@ class GatewayConfig(_Config):
     )
     files: FilesConfig = Field(default=FilesConfig(), description="Uploads and results.")
     batches: BatchesConfig = Field(default=BatchesConfig(), description="How batches are run.")
+    responses: ResponsesConfig = Field(
+        default=ResponsesConfig(), description="Stored and background responses."
+    )
     bodies: Bodies = Field(
         default=Bodies.FULL, description="Keep prompts and answers in the log (full) or not (none)."
     )

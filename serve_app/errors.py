@@ -10,7 +10,8 @@
         ├── AuthenticationFailed 401
         ├── PermissionDenied     403
         ├── NotFound             404
-        │   └── ModelNotFound
+        │   ├── ModelNotFound
+        │   └── ResponseNotFound
         ├── MethodNotAllowed     405
         ├── BodyTimeout          408
         ├── IdempotencyConflict  409
@@ -184,6 +185,18 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
     cause = "no such model, or one that this principal may not use; both get the same answer"
     remedy = "`GET /v1/models`"
+
+
+class ResponseNotFound(NotFound):
+    """The response does not exist, was not stored, or is kept no longer."""
+
+    code = "response_not_found"
+    cause = (
+        "no such response: it was not stored (`store: false`, or it was not finished), was "
+        "deleted, is past its time, or is somebody else's; `param` is `previous_response_id` "
+        "where it, or one that it continues, was to be continued"
+    )
+    remedy = "create it again; send what was said before as `input`"
 
 
 class MethodNotAllowed(RequestError):

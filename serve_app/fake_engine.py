@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from serve_app import fake_pooling
 from serve_app.engine_counters import EngineCounters
+from serve_app.fake_responses import FakeResponse, prompt_of
 
 _DIRECTIVE = re.compile(r"\[\[(drop_after|stall_after|error)=(\d+)\]\]")
 _DEFAULT_TOKENS = 16
@@ -57,6 +58,7 @@ class FakeEngine:
             routes=[
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._completion, methods=["POST"]),
+                Route("/v1/responses", self._responses, methods=["POST"]),
                 Route("/v1/embeddings", self._embeddings, methods=["POST"]),
                 Route("/rerank", self._rerank, methods=["POST"]),
                 Route("/score", self._score, methods=["POST"]),
@@ -88,6 +90,23 @@ class FakeEngine:
     async def _completion(self, request: Request) -> Response:
         body = orjson.loads(await request.body())
         return await self._answer(request, body, str(body["prompt"]), _TextShape(body["model"]))
+
+    async def _responses(self, request: Request) -> Response:
+        body = orjson.loads(await request.body())
+        self.asked.append({k: v for k, v in body.items() if k != "input"})
+        prompt = prompt_of(body)
+        directives = _directives(prompt)
+        if (status := directives.get("error")) is not None:
+            return _told_to_fail(status)
+        prompt_tokens = max(1, len(prompt.split()))
+        asked = body.get("max_output_tokens") or _DEFAULT_TOKENS
+        made = FakeResponse(body, prompt_tokens, asked)
+        # The one endpoint where the engine takes its id from the body.
+        request_id = str(body.get("request_id")).removeprefix("resp_")
+        words = self._words(request_id, prompt_tokens, asked, directives)
+        if body.get("stream"):
+            return StreamingResponse(made.frames(words), media_type="text/event-stream")
+        return JSONResponse(made.whole([word async for word in words]))
 
     async def _embeddings(self, request: Request) -> Response:
         body = orjson.loads(await request.body())
@@ -138,9 +157,9 @@ class FakeEngine:
         self, request: Request, body: dict[str, Any], prompt: str, shape: _Shape
     ) -> Response:
         self.asked.append({k: v for k, v in body.items() if k not in ("messages", "prompt")})
-        directives = {name: int(value) for name, value in _DIRECTIVE.findall(prompt)}
+        directives = _directives(prompt)
         if (status := directives.get("error")) is not None:
-            return JSONResponse({"error": {"message": "told to fail"}}, status)
+            return _told_to_fail(status)
         prompt_tokens = max(1, len(prompt.split()))
         asked = body.get("max_completion_tokens") or body.get("max_tokens") or _DEFAULT_TOKENS
         words = self._words(
@@ -174,6 +193,14 @@ class FakeEngine:
                 yield f"w{index} "
         finally:
             del self._aborted[request_id]
+
+
+def _directives(prompt: str) -> dict[str, int]:
+    return {name: int(value) for name, value in _DIRECTIVE.findall(prompt)}
+
+
+def _told_to_fail(status: int) -> Response:
+    return JSONResponse({"error": {"message": "told to fail"}}, status)
 
 
 async def _happened_before(event: asyncio.Event, due: float) -> bool:

@@ -19,6 +19,7 @@ from serve_app.batches.http import add_batches
 from serve_app.completions.kinds import Kind
 from serve_app.openapi import DESCRIPTION, completed, completion_docs
 from serve_app.refusals import add_refusals
+from serve_app.responses_api import add_responses
 from serve_app.routing import SIGNED_IN, Direct, GetGateway
 
 _READY_TIMEOUT_S = 5.0
@@ -46,6 +47,7 @@ def create_app(gateway: GetGateway, checks: Callable[[], list[Check]]) -> FastAP
     """Return the ASGI app. `gateway` and `checks` are asked at each request."""
     app = _App(title="Comp AI", description=DESCRIPTION, docs_url=None, redoc_url=None)
     _add_completions(app, gateway)
+    add_responses(app, gateway)
     _add_models(app, gateway)
     add_batches(app, gateway)
     _add_health(app, checks)

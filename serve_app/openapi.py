@@ -160,11 +160,20 @@ _STREAM = {
     }
 }
 _OF_KIND: dict[Kind, dict[str, dict[str, Any]]] = {
-    Kind.TOKENIZE: {"prompt": {"type": "string", "description": "A text; or name `messages`."}}
+    Kind.RESPONSES: {
+        "input": {"description": "A text, or a list of items."},
+        "max_output_tokens": {"type": "integer", "minimum": 1},
+        "store": {"type": "boolean", "description": "Keep the response; true where not named."},
+        "background": {"type": "boolean", "description": "Answer at once, make it later."},
+        "previous_response_id": {"type": "string", "description": "The response to continue."},
+        "instructions": {"type": "string"},
+    },
+    Kind.TOKENIZE: {"prompt": {"type": "string", "description": "A text; or name `messages`."}},
 }
 _REQUIRED: dict[Kind, list[str]] = {
     Kind.CHAT: ["model", "messages"],
     Kind.TEXT: ["model", "prompt"],
+    Kind.RESPONSES: ["model", "input"],
     Kind.EMBEDDINGS: ["model", "input"],
     Kind.RERANK: ["model", "query", "documents"],
     Kind.SCORE: ["model"],
@@ -179,6 +188,7 @@ _EXAMPLES: dict[Kind, dict[str, Any]] = {
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     },
     Kind.TEXT: {"model": _CHAT_MODEL, "prompt": "The capital of France is"},
+    Kind.RESPONSES: {"model": _CHAT_MODEL, "input": "What is the capital of France?"},
     Kind.EMBEDDINGS: {"model": _OTHER_MODEL, "input": ["Paris", "London"]},
     Kind.RERANK: {"model": _OTHER_MODEL, "query": "France", "documents": ["Paris", "London"]},
     Kind.SCORE: {"model": _OTHER_MODEL, "text_1": "France", "text_2": ["Paris", "London"]},

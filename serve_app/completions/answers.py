@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from serve_app.completions.sse import (
 )
 
 _NO_TOKENS = Usage(0, 0)
+NOTHING: Mapping[str, Any] = {}
 
 
 class Reader(Protocol):
@@ -80,9 +82,18 @@ class Answers:
     def __init__(self, *, opening_frames: int = 0) -> None:
         self._opening_frames = opening_frames
 
-    def reader(self, *, wants_usage: bool) -> Reader:
-        """Return a reader for one stream."""
+    def reader(
+        self,
+        *,
+        wants_usage: bool,
+        told: Mapping[str, Any] = NOTHING,  # noqa: ARG002 - for those that hold such an object
+    ) -> Reader:
+        """Return a reader for one stream, in whose frames the fields `told` are set."""
         return StreamReader(wants_usage=wants_usage)
+
+    def told(self, whole: bytes, fields: Mapping[str, Any]) -> bytes:  # noqa: ARG002
+        """Return `whole` with `fields` set in it, which the engine does not know."""
+        return whole
 
     def read(self, whole: bytes) -> Read:
         """Return what the accounts need of the answer `whole`."""
@@ -112,8 +123,12 @@ class Answers:
         """Return the text of a stream, for the log."""
         return text_of_stream(data)
 
-    def error_frame(self, body: dict[str, Any]) -> bytes:
-        """Return an OpenAI error object as the last frame of a stream."""
+    def error_frame(
+        self,
+        body: dict[str, Any],
+        reader: Reader | None = None,  # noqa: ARG002 - for those that number their frames
+    ) -> bytes:
+        """Return an OpenAI error object as the last frame of the stream that `reader` read."""
         return error_frame(body)
 
 

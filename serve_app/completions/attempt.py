@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import aiohttp
 
@@ -40,7 +41,9 @@ class Attempt:
         self._exchange = exchange
         self._upstream = Upstream(session, lease.grant)
         self._answers = ask.kind.answers
-        self._reader = self._answers.reader(wants_usage=ask.wants_usage) if ask.stream else None
+        self._reader = (
+            self._answers.reader(wants_usage=ask.wants_usage, told=ask.told) if ask.stream else None
+        )
         self._keep_answer = keep_answer
         self._whole = b""
         self._answer = bytearray()
@@ -80,7 +83,11 @@ class Attempt:
         """Return the answer to a request that is not streamed. Raises EngineFailed."""
         self._whole = await self._upstream.whole()
         self._exchange.token_arrived()
-        return self._whole
+        return self._answers.told(self._whole, self._ask.told)
+
+    def error_frame(self, body: dict[str, Any]) -> bytes:
+        """Return an OpenAI error object as the last frame of this stream."""
+        return self._answers.error_frame(body, self._reader)
 
     def _read(self, reader: Reader, chunk: bytes) -> bytes:
         data = reader.feed(chunk)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -31,6 +32,8 @@ class Ask:
     prompts: int
     standing: Standing
     payload: bytes
+    # Fields of the answer that the engine does not know.
+    told: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ def _refuse_repeated(raw: bytes, body: dict[str, Any]) -> None:
     """Raise MalformedBody where an object names a field twice: which one holds is not said."""
     # Written out again, a body has fewer names only if one was there twice. Only where the
     # counts differ, which a text with escapes can do too, is it worth the slow parser.
-    if len(_NAME.findall(raw)) != len(_NAME.findall(_payload(body))):
+    if len(_NAME.findall(raw)) != len(_NAME.findall(dump_body(body))):
         json.loads(raw, object_pairs_hook=_once)
 
 
@@ -132,11 +135,12 @@ def govern(kind: Kind, body: dict[str, Any], model: ModelEntry, rules: Rules) ->
         wants_usage=wants_usage,
         prompts=prompts,
         standing=standing,
-        payload=_payload(_sent(kind, body, model, rules.defaults, most_tokens, standing)),
+        payload=dump_body(_sent(kind, body, model, rules.defaults, most_tokens, standing)),
     )
 
 
-def _payload(sent: dict[str, Any]) -> bytes:
+def dump_body(sent: dict[str, Any]) -> bytes:
+    """Return a body as bytes. Raises MalformedBody where it is nested too deeply."""
     try:
         return orjson.dumps(sent)
     except orjson.JSONEncodeError:

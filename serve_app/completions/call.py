@@ -1,6 +1,6 @@
 """The path of one request.
 
-    authenticate → authorize → claim → reserve → lease → relay → settle → record → keep
+    authenticate → authorize → claim → reserve → recall → lease → relay → settle → record → keep
 
 `Call.complete` is the way there, `Call.finish` the way back, and `Call.end` sends the last
 byte once the record is safe.
@@ -43,6 +43,8 @@ from serve_app.errors import (
 from serve_app.identity.principal import Permission, Principal
 from serve_app.limits.headers import ratelimit_headers
 from serve_app.queueing.ticket import Ticket
+from serve_app.stored.keeping import Keeping
+from serve_app.stored.service import Responses
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +64,14 @@ class Call:
         request: Request,
         send: Send,
         on_behalf: OnBehalf | None = None,
+        *,
+        responses: Responses,
     ) -> None:
         self._config = config
         self._parts = parts
         self._spawn = spawn
+        self._responses = responses
+        self._keeping: Keeping | None = None
         self._request = request
         self._on_behalf = on_behalf
         self._reply = Reply(send, config.client_write_timeout_s)
@@ -90,7 +96,11 @@ class Call:
             ask = await self._authorize(kind, principal)
             if await self._keyed.claim(self._request.headers, principal):
                 return
+            if self._keeping is not None and self._keeping.wish.background:
+                await self._put_off(principal, self._keeping)
+                return
             await self._reserve(principal)
+            ask = await self._recall(ask)
             attempt = await self._lease(principal, ask)
             try:
                 await self._relay(attempt, ask)
@@ -166,6 +176,15 @@ class Call:
         ask = govern(kind, body, model, self._rules(principal))
         self.exchange.stream = ask.stream
         self.exchange.answers = kind.answers
+        if kind is Kind.RESPONSES:
+            self._keeping = Keeping(
+                self._responses.store,
+                self._config,
+                response_id=f"resp_{self.exchange.id.hex}",
+                principal_id=principal.id,
+                model=model.name,
+                body=body,
+            )
         return ask
 
     async def _reserve(self, principal: Principal) -> None:
@@ -181,6 +200,17 @@ class Call:
         exchange.allowance = allowance
         if allowance.refusal is not None:
             raise allowance.refusal.error()
+
+    async def _put_off(self, principal: Principal, keeping: Keeping) -> None:
+        """Answer at once, and let the response be made in the background."""
+        on_behalf = OnBehalf(principal=principal, standing=self._standing(principal))
+        request_id = self.exchange.request_id
+        self._answer = Document(
+            await self._responses.put_off(self._config, keeping, on_behalf, request_id)
+        )
+
+    async def _recall(self, ask: Ask) -> Ask:
+        return ask if self._keeping is None else await self._keeping.recall(ask)
 
     async def _lease(self, principal: Principal, ask: Ask, avoid: str | None = None) -> Attempt:
         exchange = self.exchange
@@ -250,6 +280,8 @@ class Call:
         self._keep_alive()
         async for data in attempt.stream():
             await self._pass_on(data)
+        # Withheld until the request is recorded, as a whole answer is.
+        self._answer = Document(attempt.closing)
 
     async def _pass_on(self, data: bytes) -> None:
         if not self._reply.opened:
@@ -303,8 +335,14 @@ class Call:
             self._stop_comments()
         await self._finishing.run(self._attempts)
         with self._finishing.tried("keep"):
-            await self._keyed.end(self._answer, self._attempts)
+            await self._keep()
+        with self._finishing.tried("keep for a retry"):
+            await self._keyed.end(self._answer)
         self._stop_comments()
+
+    async def _keep(self) -> None:
+        if self._keeping is not None and self.exchange.error is None and self._attempts:
+            self._answer = Document(await self._keeping.keep(self._answer.body))
 
     def _stop_comments(self) -> None:
         if self._keeping_alive is not None:
@@ -324,7 +362,7 @@ class Call:
             # Less than the length that was announced, so that a cut download is seen as one.
             await self._reply.end_stream(b"" if error else self._answer.body)
         elif error is not None and self._reply.opened:
-            frame = self.exchange.answers.error_frame(to_openai(error))
+            frame = self._attempts[-1].error_frame(to_openai(error))
             await self._reply.end_stream(self._trailer() + frame)
         elif error is not None:
             await self._reply.error(error, self._headers(self.exchange.elapsed_s))
@@ -333,7 +371,7 @@ class Call:
         elif self.exchange.stream:
             if not self._reply.opened:
                 await self._reply.open_stream(self._headers())
-            await self._reply.end_stream(self._trailer() + self._attempts[-1].closing)
+            await self._reply.end_stream(self._trailer() + self._answer.body)
         else:
             headers = self._headers(self.exchange.elapsed_s)
             await self._reply.whole(self._answer.body, headers, self._answer.media_type)

@@ -19,6 +19,8 @@ from serve_app.completions.parts import Document, Handler, OnBehalf, Parts
 from serve_app.config import GatewayConfig, ModelEntry
 from serve_app.errors import RequestError
 from serve_app.identity.principal import Principal
+from serve_app.stored.responses import ResponseStore
+from serve_app.stored.service import Responses
 
 MODELS_ROUTE = "models"
 
@@ -34,6 +36,7 @@ class Gateway:
         # called inside a request to that request and cancels it along, which would take the
         # lease away before the engine could close its account. So they run in this context.
         self._context = contextvars.copy_context()
+        self.responses = Responses(ResponseStore(parts.database), self._make_response, self._spawn)
 
     async def complete(self, kind: Kind, request: Request, send: Send) -> None:
         """Answer a completion request."""
@@ -83,6 +86,7 @@ class Gateway:
 
     async def close(self) -> None:
         """Wait for what still finishes in the background, then close the connections."""
+        self.responses.close()
         while self._background:
             await asyncio.wait(self._background)
         await self.parts.models.close()
@@ -106,7 +110,19 @@ class Gateway:
     def _call(
         self, route: str, request: Request, send: Send, on_behalf: OnBehalf | None = None
     ) -> Call:
-        return Call(self.config, self.parts, self._spawn, route, request, send, on_behalf)
+        return Call(
+            self.config,
+            self.parts,
+            self._spawn,
+            route,
+            request,
+            send,
+            on_behalf,
+            responses=self.responses,
+        )
+
+    async def _make_response(self, on_behalf: OnBehalf, body: bytes, request_id: str) -> Answered:
+        return await self.answer_for(on_behalf, Kind.RESPONSES, body, request_id)
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         # Kept here, because the event loop itself holds tasks only weakly.

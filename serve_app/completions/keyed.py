@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from starlette.datastructures import Headers
 
-from serve_app.completions.attempt import Attempt
 from serve_app.completions.exchange import Exchange
 from serve_app.completions.parts import Document
 from serve_app.completions.reply import STREAM_TYPE
@@ -52,18 +49,18 @@ class Keyed:
         self.replay = await self._claim.take()
         return self.replay is not None
 
-    async def end(self, answer: Document, attempts: Sequence[Attempt]) -> None:
+    async def end(self, answer: Document) -> None:
         """Keep a whole answer for who asks again; after anything else the key is free again."""
         if self._claim is None or self.replay is not None:
             return
         if self._exchange.error is not None:
             await self._claim.release()
         else:
-            await self._claim.keep(self._sent(answer, attempts))
+            await self._claim.keep(self._sent(answer))
 
-    def _sent(self, answer: Document, attempts: Sequence[Attempt]) -> StoredAnswer:
+    def _sent(self, answer: Document) -> StoredAnswer:
         if not self._exchange.stream:
             return StoredAnswer(status=200, media_type=answer.media_type, body=answer.body)
         # Without the comments that kept it alive: they said that it was not there yet.
-        stream = bytes(self._exchange.answer) + attempts[-1].closing
+        stream = bytes(self._exchange.answer) + answer.body
         return StoredAnswer(status=200, media_type=STREAM_TYPE, body=stream)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from serve_app.completions import response_body
 from serve_app.completions.answers import Answers, Embedded, Pooled, Tokens
 from serve_app.completions.prompts import (
     count_chat,
@@ -17,6 +18,7 @@ from serve_app.completions.prompts import (
     count_tokenized,
     count_tokens,
 )
+from serve_app.completions.response_events import ResponseAnswers
 from serve_app.config import Task
 
 Body = dict[str, Any]
@@ -74,6 +76,7 @@ class Kind(enum.StrEnum):
 
     CHAT = "/v1/chat/completions"
     TEXT = "/v1/completions"
+    RESPONSES = "/v1/responses"
     EMBEDDINGS = "/v1/embeddings"
     RERANK = "/rerank"
     SCORE = "/score"
@@ -127,6 +130,17 @@ ENDPOINTS: Mapping[Kind, Endpoint] = {
         max_tokens=("max_tokens",),
         engine_max_tokens=16,
         stream_options=True,
+    ),
+    Kind.RESPONSES: Endpoint(
+        route="responses",
+        summary="Make a response",
+        addresses=("/v1/responses",),
+        parameters=response_body.PARAMETERS,
+        count=response_body.check_response,
+        answers=ResponseAnswers(),
+        tasks=frozenset({Task.GENERATE}),
+        max_tokens=("max_output_tokens",),
+        messages="input",
     ),
     Kind.EMBEDDINGS: Endpoint(
         route="embeddings",

@@ -30,6 +30,7 @@ _BATCHES = named_queries("serve_app.batches", "queries.sql")
 
 SWEEPS = (
     Sweep("idempotency", named_queries("serve_app.stored", "idempotency.sql")["sweep"]),
+    Sweep("responses", named_queries("serve_app.stored", "responses.sql")["sweep"]),
     Sweep("file chunks", _BATCHES["sweep_chunks"]),
     Sweep("files", _BATCHES["sweep_files"]),
     Sweep("batches", _BATCHES["sweep_batches"]),

@@ -461,7 +461,7 @@ def test_tokens_and_embeddings_are_not_sampled() -> None:
 @pytest.mark.parametrize(
     ("task", "kind", "serves"),
     [
-        (Task.GENERATE, Kind.EMBEDDINGS, "`chat.completions`, `completions`, `tokenize`"),
+        (Task.GENERATE, Kind.EMBEDDINGS, "`chat.completions`, `completions`, `responses`"),
         (Task.EMBED, Kind.CHAT, "`embeddings`, `rerank`, `score`, `tokenize`, `detokenize`"),
         (Task.SCORE, Kind.EMBEDDINGS, "`rerank`, `score`, `tokenize`, `detokenize`"),
     ],

@@ -78,6 +78,10 @@ def test_only_what_a_client_may_call_is_documented(document: dict[str, Any]) -> 
     assert set(document["paths"]) == {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/responses",
+        "/v1/responses/{response_id}",
+        "/v1/responses/{response_id}/cancel",
+        "/v1/responses/{response_id}/input_items",
         "/v1/embeddings",
         "/v1/rerank",
         "/v1/score",

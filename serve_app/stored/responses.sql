@@ -1,0 +1,76 @@
+-- Named queries of the stored responses; loaded by serve_app/stored/responses.py.
+
+-- name: insert_response
+insert into comp_ai.responses
+    (id, principal_id, model, status, background, previous_id, response, input_items,
+     expires_at, heartbeat_at)
+values ($1, $2, $3, $4, $5, $6, $7, $8, now() + make_interval(secs => $9),
+        case when $5 then now() end);
+
+-- name: prolong
+-- A conversation that goes on is kept whole.
+update comp_ai.responses
+set expires_at = greatest(expires_at, now() + make_interval(secs => $2))
+where id = any($1::text[]);
+
+-- name: find_response
+select id, model, status, background, previous_id, response, input_items,
+       background and status in ('queued', 'in_progress')
+           and heartbeat_at < now() - make_interval(secs => $3) as abandoned
+from comp_ai.responses
+where id = $1 and principal_id = $2 and expires_at > now();
+
+-- name: chain
+-- The response $1 and what it continues, oldest first, up to $3 responses or $4 bytes.
+with recursive chain as (
+    select r.id, r.status, r.previous_id, r.response, r.input_items, 1 as depth,
+           octet_length(r.response) + octet_length(r.input_items)::bigint as bytes
+    from comp_ai.responses r
+    where r.id = $1 and r.principal_id = $2 and r.expires_at > now()
+    union all
+    select r.id, r.status, r.previous_id, r.response, r.input_items, c.depth + 1,
+           c.bytes + octet_length(r.response) + octet_length(r.input_items)
+    from comp_ai.responses r
+    join chain c on r.id = c.previous_id
+    where r.principal_id = $2 and r.expires_at > now() and c.depth <= $3 and c.bytes <= $4
+)
+select id, status, previous_id, response, input_items, depth, bytes
+from chain
+order by depth desc;
+
+-- name: delete_response
+delete from comp_ai.responses
+where id = $1 and principal_id = $2 and expires_at > now()
+returning id;
+
+-- name: lock_background
+select response, status, background,
+       background and status in ('queued', 'in_progress')
+           and heartbeat_at < now() - make_interval(secs => $3) as abandoned
+from comp_ai.responses
+where id = $1 and principal_id = $2 and expires_at > now()
+for update;
+
+-- name: advance
+-- A response that was cancelled or deleted meanwhile is left as it is.
+update comp_ai.responses
+set status = $2, response = $3, updated_at = now(), heartbeat_at = now()
+where id = $1 and status in ('queued', 'in_progress')
+returning id;
+
+-- name: beat
+-- Those that do not come back were cancelled or deleted.
+update comp_ai.responses
+set heartbeat_at = now()
+where id = any($1::text[]) and status in ('queued', 'in_progress')
+returning id;
+
+-- name: sweep
+delete from comp_ai.responses
+where id in (
+    select id from comp_ai.responses
+    where expires_at <= now()
+    order by expires_at
+    limit $1
+    for update skip locked
+);
