@@ -36,6 +36,17 @@ _FAKE_APP: dict[str, Any] = {
 }
 
 
+def add_fake(config: dict[str, Any], name: str, *, replicas: int, **speed: float) -> None:
+    """Add a fake model of its own to a config, for answers of up to a million tokens."""
+    app = deepcopy(_FAKE_APP)
+    app["name"] = app["args"]["name"] = name
+    app["args"]["speed"] |= speed
+    app["deployments"][0] |= {"name": f"Model:{name}", "num_replicas": replicas}
+    config["applications"].append(app)
+    policy = config["applications"][0]["deployments"][0]["user_config"]
+    policy["models"].append({"name": name, "app": name, "max_tokens": 1_000_000})
+
+
 def suite_config(*, real_model: bool, gateways: int) -> dict[str, Any]:
     """Return the shipped CPU config with a fake model beside or instead of the real one."""
     config: dict[str, Any] = _shipped("local-cpu")

@@ -17,7 +17,8 @@ from serve_app.batches.upload import KEEP_S, check_expiry, receive_upload
 from serve_app.completions.body import parse_object
 from serve_app.completions.kinds import Kind
 from serve_app.completions.parts import Document, Download, Handler
-from serve_app.errors import BodyTooLarge, InvalidRequest, NotFound, UnsupportedParameter
+from serve_app.completions.request_body import read_json_body
+from serve_app.errors import InvalidRequest, NotFound, UnsupportedParameter
 from serve_app.identity.principal import Principal
 from serve_app.routing import SIGNED_IN, Direct, GetGateway
 
@@ -272,7 +273,9 @@ class _Batches:
 
     async def create(self, principal: Principal, request: Request) -> Document:
         """Keep a new batch."""
-        new = read_new_batch(parse_object(await _read_body(request)))
+        timeout_s = self._gateway().config.body_timeout_s
+        raw = await read_json_body(request, max_bytes=_MAX_BODY_BYTES, timeout_s=timeout_s)
+        new = read_new_batch(parse_object(raw))
         await self._check_file(principal, new.input_file_id)
         return _document(await self._store.add(principal, new, self._gateway().config))
 
@@ -392,15 +395,6 @@ class _Query:
             message = f"`{name}` must be a whole number from {least} to {most}."
             raise InvalidRequest(message, param=name)
         return number
-
-
-async def _read_body(request: Request) -> bytes:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > _MAX_BODY_BYTES:
-            raise BodyTooLarge(f"The request body is larger than {_MAX_BODY_BYTES} bytes.")
-    return bytes(body)
 
 
 def _document(value: dict[str, Any]) -> Document:

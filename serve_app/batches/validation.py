@@ -8,13 +8,15 @@ from typing import Any
 
 import orjson
 
-from serve_app.completions.body import find_model
+from serve_app.completions.body import find_model, model_name, parse_object
 from serve_app.config import GatewayConfig
-from serve_app.errors import ModelNotFound
+from serve_app.errors import InvalidRequest, MalformedBody, ModelNotFound
 from serve_app.identity.principal import Principal
 
 MAX_ERRORS = 100
 _MAX_CUSTOM_ID_CHARS = 512
+# What makes an answer that is not whole when it is there.
+_NOT_HERE = ("stream", "background")
 _FIELDS = frozenset({"custom_id", "method", "url", "body"})
 
 
@@ -158,12 +160,10 @@ class LineChecker:
             most = self._config.max_body_bytes
             raise _Wrong("line_too_long", f"The line is longer than {most} bytes.")
         try:
-            line = orjson.loads(raw)
-        except orjson.JSONDecodeError:
-            raise _Wrong("invalid_json_line", "The line is not valid JSON.") from None
-        if not isinstance(line, dict):
-            raise _Wrong("invalid_json_line", "The line must be a JSON object.")
-        return line
+            return parse_object(raw)
+        except MalformedBody:
+            message = "The line is no JSON object, or it names a field twice."
+            raise _Wrong("invalid_json_line", message) from None
 
     def _custom_id(self, line: dict[str, Any]) -> str:
         custom_id = line.get("custom_id")
@@ -180,9 +180,10 @@ class LineChecker:
         body = line.get("body")
         if not isinstance(body, dict):
             raise _Wrong("invalid_request", "`body` must be an object.", "body")
-        if body.get("stream"):
-            message = "`stream` cannot be used in a batch."
-            raise _Wrong("unsupported_parameter", message, "body.stream")
+        for name in _NOT_HERE:
+            if body.get(name):
+                message = f"`{name}` cannot be used in a batch."
+                raise _Wrong("unsupported_parameter", message, f"body.{name}")
         self._models.add(self._model(body))
         try:
             return orjson.dumps(body)
@@ -191,11 +192,11 @@ class LineChecker:
             raise _Wrong("invalid_json_line", "The line is nested too deeply.") from None
 
     def _model(self, body: dict[str, Any]) -> str:
-        name = body.get("model")
-        if not isinstance(name, str) or not name:
-            raise _Wrong("missing_required_parameter", "`model` must name a model.", "body.model")
         try:
+            name = model_name(body, self._config.default_model)
             find_model(self._config, name, self._principal)
         except ModelNotFound as error:
             raise _Wrong("model_not_found", error.message, "body.model") from None
+        except InvalidRequest as error:
+            raise _Wrong("missing_required_parameter", error.message, "body.model") from None
         return name

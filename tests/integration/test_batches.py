@@ -399,6 +399,25 @@ async def test_wrong_batches_are_refused_by_name(
         assert response.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("kind", "content", "status"),
+    [
+        ("application/json", b"no JSON", 400),
+        ("application/json", b"[]", 400),
+        ("text/plain", b"{}", 415),
+        ("application/json", b" " * 65_537, 413),
+    ],
+)
+async def test_bodies_that_are_no_batch_are_refused(
+    served: World, kind: str, content: bytes, status: int
+) -> None:
+    headers = {**AUTHORIZATION, "content-type": kind}
+    async with httpx.AsyncClient(base_url=served.url, headers=headers) as http:
+        response = await http.post("/v1/batches", content=content)
+    assert response.status_code == status
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
 async def test_bad_lines_fail_the_batch_with_their_numbers(
     served: World, ai: openai.AsyncOpenAI
 ) -> None:

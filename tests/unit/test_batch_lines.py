@@ -39,7 +39,7 @@ ADA = Principal(
 
 def config(**changes: Any) -> GatewayConfig:
     models = [{"name": "small", "app": "s"}, {"name": "secret", "app": "t"}]
-    return GatewayConfig.model_validate({"models": models, **changes})
+    return GatewayConfig.model_validate({"models": models} | changes)
 
 
 def batch(batch_id: str = "batch_1", owner: str = "ada") -> OpenBatch:
@@ -99,6 +99,15 @@ def test_a_model_that_the_owner_may_not_use_is_an_error() -> None:
     assert (error["code"], error["line"], error["param"]) == ("model_not_found", 1, "body.model")
 
 
+@pytest.mark.parametrize("name", ["stream", "background"])
+def test_an_answer_must_be_whole(name: str) -> None:
+    check = checker()
+    assert check.check(1, line(body={"model": "small", name: True})) is None
+    [error] = check.errors()
+    assert (error["code"], error["param"]) == ("unsupported_parameter", f"body.{name}")
+    assert check.check(2, line(body={"model": "small", name: False})) is not None
+
+
 @pytest.mark.parametrize("custom_id", [None, 1, "", "x" * 513, "a\x00b"])
 def test_wrong_custom_ids(custom_id: object) -> None:
     check = checker()
@@ -120,6 +129,21 @@ def test_a_line_that_is_no_utf8_is_an_error() -> None:
     check = checker()
     assert check.check(1, b'{"custom_id": "\xff"}') is None
     assert [error["code"] for error in check.errors()] == ["invalid_json_line"]
+
+
+def test_a_field_that_is_named_twice_is_an_error() -> None:
+    check = checker()
+    twice = line().replace(b'"messages":[]', b'"messages":[],"messages":[1]')
+    assert check.check(1, twice) is None
+    assert [error["code"] for error in check.errors()] == ["invalid_json_line"]
+
+
+def test_the_default_model_and_aliases_hold_for_batches_too() -> None:
+    models = [{"name": "small", "app": "s", "aliases": ["tiny"]}]
+    check = checker(models=models, default_model="small")
+    assert check.check(1, line(body={"messages": []})) is not None
+    assert check.check(2, line(custom_id="b", body={"model": "tiny", "messages": []})) is not None
+    assert check.errors() == []
 
 
 def test_the_list_of_errors_is_bounded() -> None:
