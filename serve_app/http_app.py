@@ -21,6 +21,7 @@ from serve_app.openapi import DESCRIPTION, completed, completion_docs
 from serve_app.refusals import add_refusals
 from serve_app.responses_api import add_responses
 from serve_app.routing import SIGNED_IN, Direct, GetGateway
+from serve_app.timing import TotalTiming
 
 _READY_TIMEOUT_S = 5.0
 
@@ -53,6 +54,7 @@ def create_app(gateway: GetGateway, checks: Callable[[], list[Check]]) -> FastAP
     _add_health(app, checks)
     _add_docs(app)
     add_refusals(app, gateway)
+    app.add_middleware(TotalTiming)
     return app
 
 

@@ -43,6 +43,7 @@ from serve_app.errors import (
 from serve_app.identity.principal import Permission, Principal
 from serve_app.limits.headers import ratelimit_headers
 from serve_app.queueing.ticket import Ticket
+from serve_app.request_id import fit_request_id
 from serve_app.stored.keeping import Keeping
 from serve_app.stored.service import Responses
 
@@ -81,7 +82,7 @@ class Call:
         self._body_read = asyncio.Event()
         self.exchange = Exchange(
             route=route,
-            request_id=request.headers.get("x-request-id", ""),
+            request_id=fit_request_id(request.headers.get("x-request-id")),
             client_address=_client_address(request),
         )
         self._keyed = Keyed(config, parts.database, self.exchange)

@@ -82,6 +82,8 @@ class RayHead:
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             # More than twice the leases a second, at half the gateway's CPU time.
             "RAY_SERVE_USE_GRPC_BY_DEFAULT": env.get("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1"),
+            # What Serve answers by itself comes in OpenAI's form, too.
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy:middlewares",
             # Ray's workers are the service here: at its default, 15, every other process of
             # the machine goes before the engine and the gateway.
             "RAY_worker_niceness": env.get("RAY_worker_niceness", "0"),
