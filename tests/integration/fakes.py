@@ -97,8 +97,15 @@ class FakeReplica:
         self.id = replica_id
         self.engine = FakeEngine(speed)
         self.leases = LeaseBook()
-        door = LeaseDoor(app or self.engine.app(), self.leases, self._abort)
+        # Passed by a request that is through the door, before the engine sees it.
+        self.gate = Gate()
+        self._app = app or self.engine.app()
+        door = LeaseDoor(self._behind_the_gate, self.leases, self._abort)
         self.server = ReplicaServer(door, HOST)
+
+    async def _behind_the_gate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.gate.passed()
+        await self._app(scope, receive, send)
 
     async def _abort(self, slot: Slot) -> None:
         self.engine.abort(slot.request_id)
@@ -194,6 +201,7 @@ class BookKeeper:
     def __init__(self) -> None:
         self.book = LimitBook(time.monotonic)
         self.gate = Gate()
+        self.settling = Gate()
         self.error: Exception | None = None
         self.reserved: Counter[uuid.UUID] = Counter()
         self.settled: Counter[uuid.UUID] = Counter()
@@ -216,6 +224,7 @@ class BookKeeper:
         """See `LimitKeeper.settle`."""
         self.settled[reservation_id] += 1
         self.book.settle(reservation_id)
+        await self.settling.passed()
 
 
 class RecordList:

@@ -18,6 +18,8 @@ from starlette.routing import Route
 
 from serve_app.fake_engine import FakeEngineConfig
 from serve_app.records import Outcome
+from serve_app.stack import nginx
+from serve_app.stack.ports import pick_free
 from tests.integration.fakes import AUTHORIZATION, FAST, World, until, world
 
 CHAT = "/v1/chat/completions"
@@ -40,6 +42,7 @@ class Step:
     outcome: Outcome = Outcome.CANCELLED
     generates: bool = False
     max_tokens: int = 2000
+    replicas: int = 1
 
 
 def _nothing(_: World) -> None:
@@ -54,6 +57,11 @@ async def _generating(served: World) -> None:
     await until(lambda: served.replica.counters.completion_tokens >= 5)
 
 
+def _first_replica_is_away(served: World) -> None:
+    served.replica.server.address = "127.0.0.1:9"  # discard: nobody listens
+    served.replicas[1].gate.shut()
+
+
 STEPS = [
     Step(
         "authenticating",
@@ -63,8 +71,25 @@ STEPS = [
     ),
     Step("reserving", FAST, lambda w: w.limits.gate.shut(), lambda w: w.limits.gate.reached()),
     Step("leasing", FAST, lambda w: w.pool.gate.shut(), lambda w: w.pool.gate.reached()),
+    Step("posting", FAST, lambda w: w.replica.gate.shut(), lambda w: w.replica.gate.reached()),
+    Step(
+        "retrying",
+        FAST,
+        lambda w: _first_replica_is_away(w),
+        lambda w: w.replicas[1].gate.reached(),
+        replicas=2,
+    ),
     Step("first-token", SLOW_START, _nothing, _running),
     Step("generating", SLOW, _nothing, _generating, generates=True),
+    Step(
+        "settling",
+        FAST,
+        lambda w: w.limits.settling.shut(),
+        lambda w: w.limits.settling.reached(),
+        outcome=Outcome.COMPLETED,
+        generates=True,
+        max_tokens=5,
+    ),
     Step(
         "recording",
         FAST,
@@ -80,7 +105,16 @@ STEPS = [
 class Caller:
     """A client with one request under way, in a connection of its own."""
 
-    def __init__(self, served: World, path: str, *, stream: bool, max_tokens: int) -> None:
+    def __init__(
+        self,
+        served: World,
+        path: str,
+        *,
+        stream: bool,
+        max_tokens: int,
+        url: str | None = None,
+        http2: bool = False,
+    ) -> None:
         body: dict[str, Any] = {"model": "small", "max_tokens": max_tokens, "stream": stream}
         if path == CHAT:
             body["messages"] = [{"role": "user", "content": "one two three"}]
@@ -88,7 +122,13 @@ class Caller:
             body["prompt"] = "one two three"
         self.served = served
         self.received = bytearray()
-        self._http = httpx.AsyncClient(base_url=served.url, headers=AUTHORIZATION, timeout=30)
+        self._http = httpx.AsyncClient(
+            base_url=url or served.url,
+            headers=AUTHORIZATION,
+            timeout=30,
+            http1=not http2,
+            http2=http2,
+        )
         self._asking = asyncio.create_task(self._ask(path, body))
 
     async def _ask(self, path: str, body: dict[str, Any]) -> None:
@@ -100,11 +140,12 @@ class Caller:
         """Close the connection."""
         self._asking.cancel()
         await asyncio.wait([self._asking])
+        # Of HTTP/2 a request alone does not close the connection.
+        await self._http.aclose()
 
     async def close(self) -> None:
         """Close what is left."""
         await self.disconnect()
-        await self._http.aclose()
 
 
 async def _disconnect(caller: Caller) -> None:
@@ -121,19 +162,47 @@ async def _both(caller: Caller) -> None:
 
 
 @asynccontextmanager
-async def calling(
-    served: World, path: str, *, stream: bool, max_tokens: int
-) -> AsyncIterator[Caller]:
+async def calling(served: World, path: str, **how: Any) -> AsyncIterator[Caller]:
     """Ask, and close the connection at the end."""
-    caller = Caller(served, path, stream=stream, max_tokens=max_tokens)
+    caller = Caller(served, path, **how)
     try:
         yield caller
     finally:
         await caller.close()
 
 
+@asynccontextmanager
+async def behind_nginx(served: World) -> AsyncIterator[str]:
+    """Put the real nginx in front, and yield its URL."""
+    listen = f"127.0.0.1:{pick_free(1)[0]}"
+    server = nginx.prepare(
+        {
+            "COMP_AI_NGINX_LISTEN": listen,
+            "COMP_AI_NGINX_UPSTREAM": served.server.address,
+            "COMP_AI_NGINX_LOG": "/dev/null",
+        }
+    )
+    process = await asyncio.create_subprocess_exec(*server.command)
+    try:
+        async with httpx.AsyncClient(base_url=f"http://{listen}") as http:
+            while not await _listens(http):  # noqa: ASYNC110 - nginx has no event for us
+                await asyncio.sleep(0.02)
+        yield f"http://{listen}"
+    finally:
+        process.terminate()
+        await process.wait()
+        server.remove()
+
+
+async def _listens(http: httpx.AsyncClient) -> bool:
+    try:
+        return (await http.get("/nothing")).status_code == 404
+    except httpx.TransportError:
+        return False
+
+
 def _let_go(served: World) -> None:
-    for gate in (served.authenticator.gate, served.limits.gate, served.pool.gate, served.log.gate):
+    for gate in (served.authenticator.gate, served.limits.settling, served.log.gate):
         gate.open()
 
 
@@ -142,24 +211,43 @@ def _let_go(served: World) -> None:
 @pytest.mark.parametrize("go_away", [_disconnect, _cancel, _both], ids=lambda f: f.__name__[1:])
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
 async def test_client_goes_away(step: Step, go_away: GoAway, path: str, stream: bool) -> None:
-    async with world(step.speed) as served:
+    async with world(step.speed, replicas=step.replicas) as served:
         step.hold(served)
         async with calling(served, path, stream=stream, max_tokens=step.max_tokens) as caller:
             await step.reached(served)
             await go_away(caller)
-            if step.name in ("authenticating", "recording"):
-                # Not interrupted by a closed connection: there is nothing to stop yet, or
-                # nothing left to stop.
-                _let_go(served)
-            row = await served.the_record()
-            assert row.outcome is step.outcome
-            assert row.status == (200 if step.outcome is Outcome.COMPLETED else 499)
-            assert b"[DONE]" not in caller.received
-        served.assert_accounts_add_up()
-        assert (row.completion_tokens > 0) is step.generates
-        assert set(served.limits.settled.values()) == (
-            set() if step.name == "authenticating" else {1}
-        )
+            await _check(step, served, caller)
+
+
+async def _check(step: Step, served: World, caller: Caller) -> None:
+    """Check that each step was undone once, and that the record says what happened."""
+    if step.name in ("authenticating", "settling", "recording"):
+        # Not interrupted by a closed connection: there is nothing to stop yet, or nothing left
+        # to stop.
+        _let_go(served)
+    row = await served.the_record()
+    assert row.outcome is step.outcome
+    assert row.status == (200 if step.outcome is Outcome.COMPLETED else 499)
+    assert b"[DONE]" not in caller.received
+    served.assert_accounts_add_up()
+    assert (row.completion_tokens > 0) is step.generates
+    assert set(served.limits.settled.values()) == (set() if step.name == "authenticating" else {1})
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("http2", [False, True], ids=["http/1.1", "http/2"])
+# Nobody watches the connection while it authenticates, so there the moment at which the gateway
+# learns of it depends on nginx.
+@pytest.mark.parametrize("step", STEPS[1:], ids=lambda step: step.name)
+async def test_client_of_nginx_goes_away(step: Step, http2: bool, stream: bool) -> None:
+    async with world(step.speed, replicas=step.replicas) as served, behind_nginx(served) as url:
+        step.hold(served)
+        async with calling(
+            served, TEXT, stream=stream, max_tokens=step.max_tokens, url=url, http2=http2
+        ) as caller:
+            await step.reached(served)
+            await caller.disconnect()
+            await _check(step, served, caller)
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
