@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
+from h2.connection import H2Connection
+from h2.events import DataReceived
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -370,4 +374,77 @@ async def test_many_clients_go_away_at_random_moments() -> None:
         await until(lambda: not served.app.busy)
         await served.quiet(records=len(served.records))
         assert served.records
+        served.assert_accounts_add_up()
+
+
+class Http2:
+    """One HTTP/2 connection; httpx closes the connection where a stream shall be reset."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._h2 = H2Connection()
+        self._h2.initiate_connection()
+        self.received: dict[int, bytes] = defaultdict(bytes)
+        self._receiving = asyncio.create_task(self._receive())
+
+    def ask(self, body: dict[str, Any]) -> int:
+        """Send a request; return the number of its stream."""
+        number = self._h2.get_next_available_stream_id()
+        head = [(":method", "POST"), (":scheme", "http"), (":authority", "x"), (":path", TEXT)]
+        self._h2.send_headers(number, [*head, *AUTHORIZATION.items()])
+        self._h2.send_data(number, json.dumps(body).encode(), end_stream=True)
+        self._flush()
+        return number
+
+    def reset(self, number: int) -> None:
+        """Give up one stream."""
+        self._h2.reset_stream(number)
+        self._flush()
+
+    async def close(self) -> None:
+        """Close the connection."""
+        self._receiving.cancel()
+        self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+    async def _receive(self) -> None:
+        while data := await self._reader.read(65536):
+            for event in self._h2.receive_data(data):
+                if isinstance(event, DataReceived) and event.stream_id is not None:
+                    self.received[event.stream_id] += event.data or b""
+                    size = event.flow_controlled_length or 0
+                    self._h2.acknowledge_received_data(size, event.stream_id)
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.write(self._h2.data_to_send())
+
+
+async def test_one_stream_of_a_connection_is_reset() -> None:
+    async with world(SLOW) as served, behind_nginx(served) as url:
+        host, _, port = url.removeprefix("http://").partition(":")
+        connection = Http2(*await asyncio.open_connection(host, int(port)))
+        body = {"model": "small", "prompt": "one two three", "stream": True}
+        try:
+            long = connection.ask({**body, "max_tokens": 2000})
+            await _generating(served)
+            for other in (connection.ask({**body, "max_tokens": 3}) for _ in range(2)):
+                await until(lambda n=other: connection.received[n].endswith(b"[DONE]\n\n"))  # type: ignore[misc]
+            assert served.replica.counters.requests_running == 1
+            connection.reset(long)
+            # The connection stays.
+            await served.quiet(records=3)
+            again = connection.ask({**body, "max_tokens": 3})
+            await until(lambda: connection.received[again].endswith(b"[DONE]\n\n"))
+        finally:
+            await connection.close()
+        await served.quiet(records=4)
+        assert [row.outcome for row in served.records] == [
+            Outcome.COMPLETED,
+            Outcome.COMPLETED,
+            Outcome.CANCELLED,
+            Outcome.COMPLETED,
+        ]
         served.assert_accounts_add_up()
