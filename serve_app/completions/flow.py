@@ -10,8 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
+
+_FIRST_NUDGE_S = 0.001
+_LAST_NUDGE_S = 0.5
 
 
 class Flow:
@@ -38,8 +41,11 @@ class Flow:
             self._held_bytes -= self._let_go.popleft()
         return self._held_bytes
 
-    async def room(self, timeout_s: float) -> None:
+    async def room(self, timeout_s: float, nudge: Callable[[], Awaitable[None]]) -> None:
         """Wait until less than the most is held.
+
+        Serve keeps the last messages that it has passed on until it gets others, so while we
+        wait it is given some: `nudge` sends nothing, in a message.
 
         Raises:
             TimeoutError: nothing was let go for `timeout_s`.
@@ -48,12 +54,20 @@ class Flow:
             self._moved.clear()
             self._waiting += 1
             try:
-                # Again, because some may have gone before it was said that we wait.
-                if self.held_bytes > self._most_bytes:
-                    async with asyncio.timeout(timeout_s):
-                        await self._moved.wait()
+                async with asyncio.timeout(timeout_s):
+                    await self._until_moved(nudge)
             finally:
                 self._waiting -= 1
+
+    async def _until_moved(self, nudge: Callable[[], Awaitable[None]]) -> None:
+        pause_s = _FIRST_NUDGE_S
+        # Some may have gone before it was said that we wait.
+        while self.held_bytes > self._most_bytes and not self._moved.is_set():
+            await nudge()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._moved.wait()
+            pause_s = min(pause_s * 2, _LAST_NUDGE_S)
 
     def _part_let_go(self, size_bytes: int) -> None:
         self._let_go.append(size_bytes)

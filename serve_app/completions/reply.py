@@ -53,9 +53,12 @@ class Reply:
         """Send a part of a stream, and wait while too much of it is on its way."""
         await self._send_now(_body(self._flow.part(data), more=True))
         try:
-            await self._flow.room(self._write_timeout_s)
+            await self._flow.room(self._write_timeout_s, self._send_nothing)
         except TimeoutError:
             raise SlowClient from None
+
+    async def _send_nothing(self) -> None:
+        await self._send(_body(b"", more=True))
 
     async def silent_for(self, seconds: float) -> None:
         """Return once nothing was sent for `seconds`."""

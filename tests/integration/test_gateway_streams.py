@@ -193,7 +193,7 @@ class AsServe:
 
     @property
     def held_bytes(self) -> int:
-        """What waits on the queue."""
+        """What waits on the queue, without the batch that is passed on."""
         return sum(len(message.get("body", b"")) for message in self._queue)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -217,14 +217,16 @@ class AsServe:
 
     async def _pass_on(self, send: Send) -> None:
         more = True
+        batch: list[Message] = []
         while more:
+            # The last batch is kept meanwhile, as Serve does.
             await self._more.wait()
             self._more.clear()
-            while self._queue:
-                message = self._queue.popleft()
+            batch = list(self._queue)
+            self._queue.clear()
+            for message in pickle.loads(pickle.dumps(batch)):
                 more = message["type"] == "http.response.start" or message["more_body"]
-                await send(pickle.loads(pickle.dumps(message)))
-                del message
+                await send(message)
 
 
 @asynccontextmanager
@@ -274,6 +276,26 @@ async def test_client_that_reads_in_its_own_time_is_not_cut_off() -> None:
                 await asyncio.sleep(0.01)
                 text += part
         assert text.count(b'"text":"w') == tokens
+        assert (await served.the_record()).outcome is Outcome.COMPLETED
+
+
+async def test_large_frames_pass_where_the_last_are_kept() -> None:
+    frame = b'data: {"choices":[{"index":0,"text":"' + b"x" * 400_000 + b'"}]}\n\n'
+    frames = [frame] * 10 + [b"data: [DONE]\n\n"]
+
+    async def answer(request: Request) -> StreamingResponse:
+        await request.body()
+
+        async def parts() -> AsyncIterator[bytes]:
+            for part in frames:
+                yield part
+
+        return StreamingResponse(parts(), media_type="text/event-stream")
+
+    app = Starlette(routes=[Route("/{path:path}", answer, methods=["POST"])])
+    async with world(FAST, app, client_write_timeout_s=5) as served, client(served) as http:
+        served.app.inner = AsServe(served.app.inner)
+        assert (await http.post(TEXT, json=body())).content == b"".join(frames)
         assert (await served.the_record()).outcome is Outcome.COMPLETED
 
 

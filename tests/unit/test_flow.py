@@ -12,6 +12,10 @@ import pytest
 from serve_app.completions.flow import Flow
 
 
+async def nothing() -> None:
+    """Nudge somebody who needs no nudge."""
+
+
 async def test_what_somebody_holds_is_counted() -> None:
     flow = Flow(100)
     queue = [flow.part(b"x" * 60), flow.part(b"y" * 30)]
@@ -33,14 +37,14 @@ async def test_a_part_is_plain_bytes_to_everybody_else() -> None:
 async def test_room_is_there_while_little_is_held() -> None:
     flow = Flow(10)
     part = flow.part(b"x" * 10)
-    await flow.room(timeout_s=0.001)
+    await flow.room(0.001, nothing)
     assert part
 
 
 async def test_room_is_waited_for() -> None:
     flow = Flow(10)
     queue = [flow.part(b"x" * 10), flow.part(b"x" * 10)]
-    waiting = [asyncio.create_task(flow.room(timeout_s=20)) for _ in range(2)]
+    waiting = [asyncio.create_task(flow.room(20, nothing)) for _ in range(2)]
     await asyncio.sleep(0)
     assert not any(task.done() for task in waiting)
     # As Serve does it: in another thread.
@@ -55,6 +59,21 @@ async def test_nothing_that_moves_is_a_timeout() -> None:
     flow = Flow(10)
     queue = [flow.part(b"x" * 20)]
     with pytest.raises(TimeoutError):
-        await flow.room(timeout_s=0.001)
+        await flow.room(0.001, nothing)
     queue.clear()
-    await flow.room(timeout_s=0.001)
+    await flow.room(0.001, nothing)
+
+
+async def test_somebody_who_keeps_the_last_part_is_nudged() -> None:
+    flow = Flow(10)
+    last = [flow.part(b"x" * 20)]
+    nudges = 0
+
+    async def nudge() -> None:
+        nonlocal nudges
+        nudges += 1
+        if nudges == 3:
+            last.clear()
+
+    await flow.room(20, nudge)
+    assert nudges == 3
