@@ -194,17 +194,36 @@ async def test_batch_requests_stand_where_the_policy_puts_them(
     assert seen == [("user-1", 100)]
 
 
-async def test_text_completions_too(served: World, ai: openai.AsyncOpenAI) -> None:
-    body = {"model": "small", "prompt": "Say", "max_tokens": 2}
-    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
-    file = await upload(ai, jsonl(line))
-    batch = await ai.batches.create(
-        input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
-    )
+async def run_one(served: World, ai: openai.AsyncOpenAI, url: Any, body: Any) -> Any:
+    """Run a batch of one line; return the body of its answer."""
+    file = await upload(ai, jsonl({"custom_id": "a", "method": "POST", "url": url, "body": body}))
+    batch = await ai.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h")
     async with running(served):
         done = await ended(ai, batch.id)
     [result] = await lines_of(ai, done.output_file_id)
-    assert result["response"]["body"]["choices"][0]["text"] == "w0 w1 "
+    return result["response"]["body"]
+
+
+async def test_text_completions_too(served: World, ai: openai.AsyncOpenAI) -> None:
+    body = {"model": "small", "prompt": "Say", "max_tokens": 2}
+    answer = await run_one(served, ai, "/v1/completions", body)
+    assert answer["choices"][0]["text"] == "w0 w1 "
+
+
+async def test_responses_too(served: World, ai: openai.AsyncOpenAI) -> None:
+    body = {"model": "small", "input": "Say", "max_output_tokens": 2}
+    answer = await run_one(served, ai, "/v1/responses", body)
+    assert answer["usage"]["output_tokens"] == 2
+    # Stored like any other, for its owner to come back to.
+    assert (await ai.responses.retrieve(answer["id"])).output_text == "w0 w1 "
+
+
+async def test_embeddings_too(database: PostgresSettings) -> None:
+    models = [{"name": "vectors", "app": "model-vectors", "task": "embed"}]
+    async with world(database=database, models=models) as served, client_of(served) as ai:
+        body = {"model": "vectors", "input": ["one", "two"]}
+        answer = await run_one(served, ai, "/v1/embeddings", body)
+        assert [one["index"] for one in answer["data"]] == [0, 1]
 
 
 # Files.
