@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 from ray.exceptions import RayError
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeStatus
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatus,
+    DeploymentStatusOverview,
+    DeploymentStatusTrigger,
+    ReplicaState,
+    ServeStatus,
+)
 
-from deployments.applications import ServedApplications, StatusUnknown
+from deployments.applications import ServedApplications, StatusUnknown, state_of
+from serve_app.contracts import ModelState
 
 _APPLICATION = ApplicationStatusOverview(
     status=ApplicationStatus.RUNNING, message="", last_deployed_time_s=0.0, deployments={}
@@ -76,3 +86,52 @@ async def test_those_who_ask_at_once_share_a_reading() -> None:
     applications = ServedApplications(slow)
     await asyncio.gather(*(applications.get() for _ in range(5)))
     assert served.asked == 1
+
+
+def _app(status: ApplicationStatus, *deployments: DeploymentStatusOverview) -> Any:
+    named = {str(number): deployment for number, deployment in enumerate(deployments)}
+    return ApplicationStatusOverview(
+        status=status, message="", last_deployed_time_s=0.0, deployments=named
+    )
+
+
+def _deployment(status: DeploymentStatus, **replicas: int) -> DeploymentStatusOverview:
+    return DeploymentStatusOverview(
+        status=status,
+        status_trigger=DeploymentStatusTrigger.UNSPECIFIED,
+        replica_states={ReplicaState(state): count for state, count in replicas.items()},
+        message="",
+    )
+
+
+_RUNS = _deployment(DeploymentStatus.HEALTHY, RUNNING=1)
+_SLEEPS = _deployment(DeploymentStatus.HEALTHY)
+_WAKES = _deployment(DeploymentStatus.UPSCALING, STARTING=1)
+_ILL = _deployment(DeploymentStatus.UNHEALTHY, STARTING=1)
+
+
+@pytest.mark.parametrize(
+    ("app", "state"),
+    [
+        (None, ModelState.ABSENT),
+        (_app(ApplicationStatus.DELETING, _RUNS), ModelState.ABSENT),
+        (_app(ApplicationStatus.DEPLOY_FAILED), ModelState.FAILED),
+        (_app(ApplicationStatus.DEPLOYING), ModelState.STARTING),
+        (_app(ApplicationStatus.RUNNING, _RUNS), ModelState.SERVING),
+        (_app(ApplicationStatus.RUNNING, _SLEEPS), ModelState.ASLEEP),
+        (_app(ApplicationStatus.RUNNING, _WAKES), ModelState.STARTING),
+        (_app(ApplicationStatus.UNHEALTHY, _ILL), ModelState.FAILED),
+        # One replica is lost, another goes on.
+        (
+            _app(
+                ApplicationStatus.UNHEALTHY,
+                _deployment(DeploymentStatus.UNHEALTHY, RUNNING=1, STARTING=1),
+            ),
+            ModelState.SERVING,
+        ),
+        # It serves only where each of its deployments does.
+        (_app(ApplicationStatus.RUNNING, _RUNS, _WAKES), ModelState.STARTING),
+    ],
+)
+def test_how_a_model_is(app: ApplicationStatusOverview | None, state: ModelState) -> None:
+    assert state_of(app) is state
