@@ -15,6 +15,10 @@ ADAPTER = "smollm2-wild"
 FAKE_MODEL = "fake"
 # How long the suites let the real engine stand still.
 STUCK_AFTER_S = 20
+# One application that is scaled to zero when idle, offered as one that is waited for and as one
+# that is not.
+COLD_MODEL = "cold"
+COLD_MODEL_REFUSED = "cold-refused"
 LIMITED_OWNER = "limited"
 
 _FAKE_APP: dict[str, Any] = {
@@ -35,6 +39,34 @@ _FAKE_APP: dict[str, Any] = {
     ],
 }
 
+_COLD_APP: dict[str, Any] = {
+    **_FAKE_APP,
+    "name": COLD_MODEL,
+    "args": {"name": COLD_MODEL},
+    "deployments": [
+        {
+            "name": f"Model:{COLD_MODEL}",
+            "max_ongoing_requests": 200,
+            "autoscaling_config": {
+                "min_replicas": 0,
+                "initial_replicas": 0,
+                "max_replicas": 1,
+                "target_ongoing_requests": 100,
+                "upscale_delay_s": 0,
+                "downscale_delay_s": 1,
+                "downscale_to_zero_delay_s": 1,
+                "look_back_period_s": 1,
+                "metrics_interval_s": 0.5,
+            },
+            "graceful_shutdown_timeout_s": 5,
+        }
+    ],
+}
+_COLD_MODELS = [
+    {"name": COLD_MODEL, "app": COLD_MODEL, "max_tokens": 2048},
+    {"name": COLD_MODEL_REFUSED, "app": COLD_MODEL, "max_tokens": 2048, "when_cold": "refuse"},
+]
+
 
 def add_fake(config: dict[str, Any], name: str, *, replicas: int, **speed: float) -> None:
     """Add a fake model of its own to a config, for answers of up to a million tokens."""
@@ -47,7 +79,7 @@ def add_fake(config: dict[str, Any], name: str, *, replicas: int, **speed: float
     policy["models"].append({"name": name, "app": name, "max_tokens": 1_000_000})
 
 
-def suite_config(*, real_model: bool, gateways: int) -> dict[str, Any]:
+def suite_config(*, real_model: bool, gateways: int, cold_model: bool = False) -> dict[str, Any]:
     """Return the shipped CPU config with a fake model beside or instead of the real one."""
     config: dict[str, Any] = _shipped("local-cpu")
     if not real_model:
@@ -62,6 +94,9 @@ def suite_config(*, real_model: bool, gateways: int) -> dict[str, Any]:
     policy["models"] = [{"name": name, "app": name, "max_tokens": 2048} for name in names]
     if real_model:
         policy["models"][0]["priority"] = True
+    if cold_model:
+        config["applications"].append(deepcopy(_COLD_APP))
+        policy["models"] += deepcopy(_COLD_MODELS)
     policy["limits"] = {
         "default": {"requests_per_minute": 100_000, "concurrency": 1000},
         "principals": {LIMITED_OWNER: {"requests_per_minute": 10}},

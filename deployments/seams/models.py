@@ -69,23 +69,22 @@ class RayModelPool:
         deployments = app.deployments if app is not None else {}
         known = self._handles.get(model.app)
         if known is not None and known.handle.deployment_name not in deployments:
-            self._forget(model.app)
+            self._forget(model.app, known)
         return state_of(app)
 
     async def _lease(self, model: ModelEntry, hint: LeaseHint) -> RayLease:
         known = await self._handle(model)
-        call = known.handle.lease.remote(hint)
-        known.waiting.add(call)
         try:
-            return RayLease(await anext(call), call)
+            return await _granted(known, hint)
+        except DeploymentUnavailableError:
+            # Taken away or failed, or deployed again since, which an old handle does not see.
+            if await self.state(model) in (ModelState.FAILED, ModelState.ABSENT):
+                raise ModelNotReady(f"`{model.name}` does not run now.") from None
+            self._forget(model.app, known)
+        try:
+            return await _granted(await self._handle(model), hint)
         except DeploymentUnavailableError as error:
-            raise ModelNotReady(f"`{model.name}` failed and does not run now.") from error
-        except BaseException:
-            # Also when cancelled: a slot that was granted meanwhile is given back.
-            call.cancel()
-            raise
-        finally:
-            known.waiting.discard(call)
+            raise ModelNotReady(f"`{model.name}` does not run now.") from error
 
     async def _handle(self, model: ModelEntry) -> _Handle:
         if model.app not in self._handles:
@@ -98,7 +97,22 @@ class RayModelPool:
             self._handles.setdefault(model.app, _Handle(handle.options(stream=True)))
         return self._handles[model.app]
 
-    def _forget(self, app: str) -> None:
+    def _forget(self, app: str, known: _Handle) -> None:
+        if self._handles.get(app) is known:
+            del self._handles[app]
         # Their calls begin again, with the handle of what is deployed by then.
-        for call in list(self._handles.pop(app).waiting):
+        for call in list(known.waiting):
             call.cancel()
+
+
+async def _granted(known: _Handle, hint: LeaseHint) -> RayLease:
+    call = known.handle.lease.remote(hint)
+    known.waiting.add(call)
+    try:
+        return RayLease(await anext(call), call)
+    except BaseException:
+        # Also when cancelled: a slot that was granted meanwhile is given back.
+        call.cancel()
+        raise
+    finally:
+        known.waiting.discard(call)

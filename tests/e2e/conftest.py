@@ -23,7 +23,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
     write_adapter(fetch(SMOLLM2, models_path(), print), adapter)
     # `up` fetches the models of its own config only.
     fetch(MINILM, models_path(), print)
-    config = with_adapter(suite_config(real_model=True, gateways=2), adapter)
+    config = with_adapter(suite_config(real_model=True, gateways=2, cold_model=True), adapter)
     with running_stack(quick_to_notice(config)) as running:
         yield running
 

@@ -11,7 +11,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serve_configs import ADAPTER, FAKE_MODEL, REAL_MODEL
+from tests.serve_configs import (
+    ADAPTER,
+    COLD_MODEL,
+    COLD_MODEL_REFUSED,
+    FAKE_MODEL,
+    REAL_MODEL,
+)
 from tests.stack_runner import BOOTSTRAP_KEY, RunningStack, wait_until
 
 SECRET_PROMPT = "tell nobody about the yellow submarine"
@@ -38,6 +44,9 @@ def test_health_and_readiness(stack: RunningStack) -> None:
         f"model {REAL_MODEL}": True,
         f"model {ADAPTER}": True,
         f"model {FAKE_MODEL}": True,
+        # Scaled to zero is ready: a request starts one.
+        f"model {COLD_MODEL}": True,
+        f"model {COLD_MODEL_REFUSED}": True,
     }
 
 
@@ -141,6 +150,7 @@ def test_metrics_of_every_kind_are_exported(stack: RunningStack) -> None:
         "ray_comp_ai_prompt_tokens_total",
         "ray_comp_ai_completion_tokens_total",
         "ray_comp_ai_queue_s_bucket",
+        "ray_comp_ai_queue_waiting",
         "ray_comp_ai_log_spool_depth",
         "ray_comp_ai_log_lag_s",
         "ray_comp_ai_log_rows_written_total",
