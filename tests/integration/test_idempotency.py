@@ -33,6 +33,7 @@ from tests.integration.fakes import (
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 EMBEDDINGS = "/v1/embeddings"
+RESPONSES = "/v1/responses"
 MODELS = [
     {"name": "small", "app": "model-small", "max_tokens": 2000},
     {"name": "vectors", "app": "model-vectors", "task": "embed"},
@@ -51,6 +52,8 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "text": (TEXT, {"model": "small", "prompt": "Hi"}),
     "text-stream": (TEXT, {"model": "small", "prompt": "Hi", "stream": True}),
+    "response": (RESPONSES, {"model": "small", "input": "Hi"}),
+    "response-stream": (RESPONSES, {"model": "small", "input": "Hi", "stream": True}),
     "embeddings": (EMBEDDINGS, {"model": "vectors", "input": ["one two", "three"]}),
 }
 
@@ -137,6 +140,18 @@ async def test_retry_gets_the_same_answer(
         assert (row.route, row.model, row.stream) == (made.route, made.model, made.stream)
     assert len(served.limits.reserved) == generated(served) == 1
     served.assert_accounts_add_up()
+
+
+async def test_response_in_the_background_is_made_once(
+    served: World, http: httpx.AsyncClient
+) -> None:
+    body = {"model": "small", "input": "Hi", "background": True}
+    first = await http.post(RESPONSES, json=body, headers=NAMED)
+    again = await http.post(RESPONSES, json=body, headers=NAMED)
+    assert first.status_code == 200
+    assert (again.content, again.headers["idempotent-replayed"]) == (first.content, "true")
+    await served.quiet(records=3)  # both requests, and the one that was made of the first
+    assert generated(served) == 1
 
 
 async def test_without_a_key_each_request_is_generated(
