@@ -113,15 +113,22 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-_TEXTS = {"description": "A text, or a list of texts."}
+_TEXTS: dict[str, Any] = {
+    "description": "A text, or a list of texts.",
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "minItems": 1},
+    ],
+}
 _FIELDS: dict[str, dict[str, Any]] = {
     "model": {"type": "string", "description": "Name of a model, see `GET /v1/models`."},
     "messages": {
         "type": "array",
+        "minItems": 1,
         "items": {"type": "object"},
         "description": "The conversation: objects with `role` and `content`.",
     },
-    "prompt": {"description": "A text, or a list of texts.", "type": "string"},
+    "prompt": _TEXTS,
     "max_tokens": {"type": "integer", "minimum": 1},
     "max_completion_tokens": {"type": "integer", "minimum": 1},
     "temperature": {"type": "number", "minimum": 0, "maximum": 2},
@@ -143,9 +150,13 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "input": _TEXTS,
     "dimensions": {"type": "integer", "minimum": 1},
     "encoding_format": {"enum": ["float", "base64"]},
-    "query": {"type": "string", "description": "What the documents are held against."},
+    "query": {
+        "type": "string",
+        "minLength": 1,
+        "description": "What the documents are held against.",
+    },
     "documents": _TEXTS,
-    "top_n": {"type": "integer", "minimum": 0, "description": "How many to return; 0 is all."},
+    "top_n": {"type": "integer", "description": "How many to return; 0 is all."},
     "text_1": _TEXTS,
     "text_2": _TEXTS,
     "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}},
@@ -155,7 +166,6 @@ _FIELDS: dict[str, dict[str, Any]] = {
 # Beside JSON, which FastAPI names itself.
 _STREAM = {
     "text/event-stream": {
-        "schema": {"type": "string"},
         "example": 'data: {"object": "chat.completion.chunk", "choices": []}\n\ndata: [DONE]\n\n',
     }
 }
@@ -207,6 +217,15 @@ _IDEMPOTENCY_KEY = {
 }
 
 
+def _field(schema: dict[str, Any], *, required: bool) -> dict[str, Any]:
+    """Return the schema of a field; one that may be left out may be null as well."""
+    if required or not schema:
+        return schema
+    inner = {name: value for name, value in schema.items() if name != "description"}
+    said = {"description": schema["description"]} if "description" in schema else {}
+    return {**said, "anyOf": [inner, {"type": "null"}]} if inner else schema
+
+
 def completion_docs(kind: Kind) -> dict[str, Any]:
     """Return what FastAPI is told of an endpoint whose body it does not parse."""
     endpoint = kind.endpoint
@@ -214,7 +233,10 @@ def completion_docs(kind: Kind) -> dict[str, Any]:
     schema = {
         "type": "object",
         "required": _REQUIRED[kind],
-        "properties": {name: fields.get(name, {}) for name in sorted(endpoint.parameters)},
+        "properties": {
+            name: _field(fields.get(name, {}), required=name in _REQUIRED[kind])
+            for name in sorted(endpoint.parameters)
+        },
         "additionalProperties": False,
     }
     content = {"application/json": {"schema": schema, "example": _EXAMPLES[kind]}}

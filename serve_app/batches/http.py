@@ -118,7 +118,7 @@ _LIST_FILES = _query(
     _AFTER,
     ("limit", {"type": "integer", "minimum": 1, "maximum": _MOST_FILES, "default": _MOST_FILES}),
     ("order", {"type": "string", "enum": ["asc", "desc"], "default": "desc"}),
-    ("purpose", {"type": "string", "enum": [BATCH_INPUT, BATCH_OUTPUT]}),
+    ("purpose", {"type": "string", "examples": [BATCH_INPUT, BATCH_OUTPUT]}),
 )
 _LIST_BATCHES = _query(
     _AFTER,
