@@ -13,7 +13,7 @@ import orjson
 from serve_app.completions.body import Ask, dump_body
 from serve_app.completions.response_events import final_response, retold
 from serve_app.config import Bodies, GatewayConfig
-from serve_app.errors import InvalidRequest, RequestError, UnsupportedParameter
+from serve_app.errors import EngineFailed, InvalidRequest, RequestError, UnsupportedParameter
 from serve_app.stored.items import input_items
 from serve_app.stored.responses import NOTHING_BEFORE, ResponseStore, StoredResponse
 
@@ -121,8 +121,12 @@ class Keeping:
         """
         if not self.wish.store:
             return last
+        response = final_response(last)
         try:
-            await self._store.add(self._stored(final_response(last)))
+            if not isinstance(response.get("status"), str):
+                # Not ours to mend: it goes out as the engine sent it.
+                raise EngineFailed
+            await self._store.add(self._stored(response))
         except RequestError as error:
             logger.warning(
                 "the response %s was not stored: %s",

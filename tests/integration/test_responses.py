@@ -154,6 +154,17 @@ async def test_what_is_not_stored_passes_untouched(served: World, http: httpx.As
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "response_not_found")
 
 
+async def test_an_engine_that_answers_with_something_else(database: PostgresSettings) -> None:
+    async def engine(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async with world(engine_app=engine, database=database) as made, client(made) as http:
+        answer = await http.post(PATH, json=ask())
+    assert (answer.status_code, answer.json()) == (200, {"store": False})
+
+
 async def test_what_the_engine_is_sent(database: PostgresSettings) -> None:
     got: list[dict[str, Any]] = []
 
