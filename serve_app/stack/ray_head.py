@@ -24,8 +24,9 @@ _HOST = "127.0.0.1"
 # Tokens go over HTTP, not through Ray's object store: the default of 30 % of the memory
 # would only take it from the model.
 _OBJECT_STORE_BYTES = 256 * 1024 * 1024
-# The applications of configs/local-cpu.yaml ask for fractions of two CPUs.
-_LEAST_CPUS = 2
+# Ray counts what applications ask for, not what they use. A model on the CPU asks for one and
+# a fraction, and a small machine may have a second model, added while the first one runs.
+_LEAST_CPUS = 4
 _SESSIONS_KEPT = 3
 # Another cluster of this machine must not be joined by accident.
 _DROPPED = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS")
