@@ -301,7 +301,6 @@ _ODD: dict[str, bytes] = {
     "bytes in a header": _request(b"Idempotency-Key: \xff\xfe"),
     "CONNECT": _request(line=b"CONNECT other:443 HTTP/1.1"),
     "OPTIONS of everything": _request(line=b"OPTIONS * HTTP/1.1"),
-    "the start of HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "a NUL in a header": _request(b"X-Odd: a\x00b"),
     "two lengths": _request(b"Content-Length: 2", b"Content-Length: 3", body=b"{}"),
     "no number as length": _request(b"Content-Length: two", body=b"{}"),
