@@ -98,7 +98,7 @@ def test_the_same_bytes(
     stack: RunningStack, engine: BareEngine, api_key: str, name: str, way: str
 ) -> None:
     path, asked = REQUESTS[name]
-    body = {"model": REAL_MODEL, "max_tokens": 24} | asked | WAYS[way]
+    body = {"model": REAL_MODEL, "max_tokens": 12} | asked | WAYS[way]
     engine.post(path, body)
     bare = engine.post(path, body)
     headers = {"Authorization": f"Bearer {api_key}"}
