@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from typing import TextIO
 
 from pythonjsonlogger.json import JsonFormatter
@@ -34,3 +35,14 @@ def _has_action(record: logging.LogRecord) -> bool:
     if not hasattr(record, "action"):
         record.action = record.name
     return True
+
+
+def log_failure(
+    logger: logging.Logger, what: str, error: BaseException, extra: dict[str, str] | None = None
+) -> None:
+    """Log that `what` failed with an error that nobody foresaw: its type and its place.
+
+    Its message is left out, because it could quote a prompt.
+    """
+    place = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("%s failed: %s\n%s", what, type(error).__name__, place, extra=extra)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -26,8 +25,11 @@ from serve_app.completions.gateway import Gateway
 from serve_app.completions.kinds import Kind
 from serve_app.completions.parts import OnBehalf
 from serve_app.errors import Unavailable
+from serve_app.log_setup import log_failure
 
 logger = logging.getLogger(__name__)
+
+_ERROR = {"action": "batch_error"}
 
 _OPEN = (Status.VALIDATING, Status.IN_PROGRESS, Status.FINALIZING, Status.CANCELLING)
 
@@ -182,7 +184,7 @@ class BatchRunner:
         self._change.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             # Its claim ends by itself, and then the line is taken again.
-            _log_failure("a line of a batch", error)
+            log_failure(logger, "a line of a batch", error, _ERROR)
 
 
 def _result(verdict: Verdict) -> str:
@@ -203,7 +205,7 @@ async def _for_ever(loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
             await _cancel([task])
             raise
         if (error := task.exception()) is not None and not isinstance(error, Unavailable):
-            _log_failure("a loop of the batches", error)
+            log_failure(logger, "a loop of the batches", error, _ERROR)
         long = asyncio.get_running_loop().time() - begun_s > 60
         failures = 0 if long else failures + 1
         await asyncio.sleep(min(backoff_s(failures) / 2, 10.0))
@@ -213,11 +215,3 @@ async def _cancel(tasks: Any) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _log_failure(what: str, error: BaseException) -> None:
-    # Its message could quote a prompt, so only its type and place are logged.
-    place = "".join(traceback.format_tb(error.__traceback__))
-    logger.error(
-        "%s failed: %s\n%s", what, type(error).__name__, place, extra={"action": "batch_error"}
-    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import traceback
 from collections.abc import Sequence
 
 from starlette.requests import ClientDisconnect
@@ -18,6 +17,7 @@ from serve_app.completions.exchange import Exchange
 from serve_app.completions.parts import Parts, Spawn
 from serve_app.config import Durability, GatewayConfig
 from serve_app.errors import ClientGone, InternalError, LogUnavailable, RequestError
+from serve_app.log_setup import log_failure
 from serve_app.records import RequestRecord
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Finishing:
         elif isinstance(error, RequestError):
             self._exchange.fail(error)
         elif error is not None:
-            _log_failure("request", error)
+            log_failure(logger, "request", error)
             self._exchange.fail(InternalError())
 
     async def run(self, attempts: Sequence[Attempt]) -> None:
@@ -122,11 +122,5 @@ class _Tried:
     ) -> bool:
         if not isinstance(error, Exception):
             return False
-        _log_failure(self._what, error)
+        log_failure(logger, self._what, error)
         return True
-
-
-def _log_failure(what: str, error: BaseException) -> None:
-    # Its message could quote a prompt, so only its type and place are logged.
-    place = "".join(traceback.format_tb(error.__traceback__))
-    logger.error("%s failed: %s\n%s", what, type(error).__name__, place)

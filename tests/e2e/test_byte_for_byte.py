@@ -19,25 +19,13 @@ import httpx
 import pytest
 
 from tests.bare_engine import BareEngine, bare_engine
+from tests.e2e.tools import WEATHER
 from tests.serve_configs import ADAPTER, REAL_MODEL
 from tests.stack_runner import RunningStack
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 _QUESTION = [{"role": "user", "content": "Name three colours."}]
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather of a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "maxLength": 20}},
-            "required": ["city"],
-            "additionalProperties": False,
-        },
-    },
-}
 REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": (CHAT, {"messages": _QUESTION, "temperature": 0}),
     "chat of an adapter": (CHAT, {"messages": _QUESTION, "temperature": 0, "model": ADAPTER}),
@@ -55,14 +43,14 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "tools": (
         CHAT,
-        {"messages": _QUESTION, "temperature": 0, "tools": [_TOOL], "tool_choice": "required"},
+        {"messages": _QUESTION, "temperature": 0, "tools": [WEATHER], "tool_choice": "required"},
     ),
     "tool by name": (
         CHAT,
         {
             "messages": _QUESTION,
             "temperature": 0,
-            "tools": [_TOOL],
+            "tools": [WEATHER],
             "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
         },
     ),

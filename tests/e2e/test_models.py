@@ -16,9 +16,10 @@ from typing import Any
 import httpx
 import pytest
 from openai import OpenAI
-from openai.types.chat import ChatCompletion, ChatCompletionToolParam
+from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, Field
 
+from tests.e2e.tools import WEATHER
 from tests.serve_configs import (
     ADAPTER,
     EMBEDDING_MODEL,
@@ -190,21 +191,6 @@ def test_an_adapter_answers_in_its_own_way_and_its_model_as_before(
     assert rows
 
 
-_TOOL: ChatCompletionToolParam = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather of a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "maxLength": 20}},
-            "required": ["city"],
-            "additionalProperties": False,
-        },
-    },
-}
-
-
 _TOOL_NAME = "get_weather"
 _WEATHER = [{"role": "user", "content": "What is the weather in Paris?"}]
 
@@ -216,7 +202,7 @@ def test_a_required_tool_is_called_with_valid_arguments(client: OpenAI, choice: 
     asked: Any = {
         "model": REAL_MODEL,
         "messages": _WEATHER,
-        "tools": [_TOOL],
+        "tools": [WEATHER],
         "tool_choice": choice,
         "temperature": 0,
         "max_tokens": 80,
@@ -244,7 +230,7 @@ def test_the_result_of_a_tool_is_answered(client: OpenAI) -> None:
             },
             {"role": "tool", "tool_call_id": "call_1", "content": "It is sunny, 25 degrees."},
         ],
-        tools=[_TOOL],
+        tools=[WEATHER],
         temperature=0,
         max_tokens=40,
     )
