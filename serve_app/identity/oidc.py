@@ -126,7 +126,7 @@ class OidcVerifier:
             raise AuthenticationFailed("The access token comes from another issuer.")
         if self._audience not in _strings(claims.get("aud")):
             raise AuthenticationFailed("The access token is not meant for this service (`aud`).")
-        party = claims.get("azp", claims.get("client_id"))
+        party = _client(claims)
         if self._authorized_parties and party not in self._authorized_parties:
             raise AuthenticationFailed("This client's access tokens are not accepted (`azp`).")
         self._check_times(claims)
@@ -244,6 +244,8 @@ def to_principal(claims: Mapping[str, Any], client_id: str) -> Principal:
         id=subject,
         kind=PrincipalKind.SERVICE if _is_service(claims, subject) else PrincipalKind.USER,
         roles=roles,
+        groups=frozenset(_groups(claims)),
+        client_id=_client(claims),
         permissions=frozenset(permission for permission in Permission if permission in roles),
         models=models or None,
     )
@@ -255,6 +257,16 @@ def _roles(claims: Mapping[str, Any], client_id: str) -> Iterator[str]:
     scope = claims.get("scope")
     plain = _strings(claims.get("roles")) + (scope.split() if isinstance(scope, str) else [])
     yield from (role for role in plain if role.startswith(_ROLE_PREFIX))
+
+
+def _groups(claims: Mapping[str, Any]) -> Iterator[str]:
+    # Keycloak's group mapper writes a path: `/platform/team-a`.
+    yield from (group.removeprefix("/") for group in _strings(claims.get("groups")))
+
+
+def _client(claims: Mapping[str, Any]) -> str | None:
+    party = claims.get("azp", claims.get("client_id"))
+    return party if isinstance(party, str) else None
 
 
 def _is_service(claims: Mapping[str, Any], subject: str) -> bool:

@@ -7,6 +7,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Protocol
 
+from serve_app.config import LimitPolicy
 from serve_app.errors import PermissionDenied
 from serve_app.records import PrincipalKind
 
@@ -24,7 +25,9 @@ class Principal:
     """A caller whose credential was verified.
 
     `id` is the token's `sub`, or the owner of the API key. `models` None allows every model.
-    `roles` are all that the token names, those of the permissions among them.
+    `roles` are all that the token names, those of the permissions among them; `groups` its
+    groups, without a leading slash. `client_id` is the client that the token was given to
+    (`azp`). `limits` are those of the API key itself.
     """
 
     id: str
@@ -33,6 +36,9 @@ class Principal:
     models: frozenset[str] | None = None
     api_key_id: uuid.UUID | None = None
     roles: frozenset[str] = frozenset()
+    groups: frozenset[str] = frozenset()
+    client_id: str | None = None
+    limits: LimitPolicy | None = None
 
     def may_use(self, model: str) -> bool:
         """Tell whether this principal may use `model`."""

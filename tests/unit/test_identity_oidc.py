@@ -41,6 +41,15 @@ def test_roles_become_permissions(claims: dict[str, Any], permissions: set[Permi
     assert to_principal({"sub": "s"} | claims, "us").permissions == permissions
 
 
+def test_groups_and_client_are_kept() -> None:
+    principal = to_principal(
+        {"sub": "s", "groups": ["/platform/team-a", "ops", 5], "azp": "web"}, "us"
+    )
+    assert principal.groups == {"platform/team-a", "ops"}
+    assert principal.client_id == "web"
+    assert to_principal({"sub": "s", "groups": {"a": 1}, "azp": ["web"]}, "us").client_id is None
+
+
 def test_model_roles_restrict_models() -> None:
     roles = ["comp-ai:user", "comp-ai:model:small", "comp-ai:model:org/large"]
     assert to_principal({"sub": "s", "roles": roles}, "us").models == {"small", "org/large"}
