@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-import orjson
 from fastapi import FastAPI, Path
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,6 +19,7 @@ from serve_app.completions.parts import Document, Download, Handler
 from serve_app.completions.request_body import read_json_body
 from serve_app.errors import InvalidRequest, NotFound, UnsupportedParameter
 from serve_app.identity.principal import Principal
+from serve_app.listing import AFTER, ORDER, Query, document, limit_docs, page, query_docs
 from serve_app.routing import SIGNED_IN, Direct, GetGateway
 
 ENDPOINTS = [
@@ -105,28 +105,13 @@ _NEW_BATCH = {
 }
 
 
-def _query(*parameters: tuple[str, dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "parameters": [
-            {"name": name, "in": "query", "schema": schema} for name, schema in parameters
-        ]
-    }
-
-
-_AFTER = ("after", {"type": "string"})
-_LIST_FILES = _query(
-    _AFTER,
-    ("limit", {"type": "integer", "minimum": 1, "maximum": _MOST_FILES, "default": _MOST_FILES}),
-    ("order", {"type": "string", "enum": ["asc", "desc"], "default": "desc"}),
+_LIST_FILES = query_docs(
+    AFTER,
+    limit_docs(_MOST_FILES, _MOST_FILES),
+    ORDER,
     ("purpose", {"type": "string", "examples": [BATCH_INPUT, BATCH_OUTPUT]}),
 )
-_LIST_BATCHES = _query(
-    _AFTER,
-    (
-        "limit",
-        {"type": "integer", "minimum": 1, "maximum": _MOST_BATCHES, "default": _SOME_BATCHES},
-    ),
-)
+_LIST_BATCHES = query_docs(AFTER, limit_docs(_MOST_BATCHES, _SOME_BATCHES))
 
 
 def add_batches(app: FastAPI, gateway: GetGateway) -> None:
@@ -212,27 +197,26 @@ class _Files:
                 config,
                 upload.expires_after_s,
             )
-        return _document(file.to_openai())
+        return document(file.to_openai())
 
     async def list(self, principal: Principal, request: Request) -> Document:
         """List the caller's files."""
-        query = _Query(request)
-        limit = query.number("limit", 1, _MOST_FILES, _MOST_FILES)
-        newest_first = query.one_of("order", ("asc", "desc")) != "asc"
+        query = Query(request, known=("after", "limit", "order", "purpose"))
+        limit = query.limit(_MOST_FILES, _MOST_FILES)
         files = await self._store.list(
             principal.id,
             purpose=query.text("purpose"),
             after=query.text("after"),
             limit=limit + 1,
-            newest_first=newest_first,
+            newest_first=query.newest_first(),
         )
-        return _page([file.to_openai() for file in files], limit)
+        return page([file.to_openai() for file in files], limit)
 
     def retrieve(self, file_id: str) -> Handler:
         """Describe one file."""
 
         async def handler(principal: Principal, _request: Request) -> Document:
-            return _document((await self._store.find(principal.id, file_id)).to_openai())
+            return document((await self._store.find(principal.id, file_id)).to_openai())
 
         return handler
 
@@ -241,7 +225,7 @@ class _Files:
 
         async def handler(principal: Principal, _request: Request) -> Document:
             await self._store.delete(principal.id, file_id)
-            return _document({"id": file_id, "object": "file", "deleted": True})
+            return document({"id": file_id, "object": "file", "deleted": True})
 
         return handler
 
@@ -277,20 +261,20 @@ class _Batches:
         raw = await read_json_body(request, max_bytes=_MAX_BODY_BYTES, timeout_s=timeout_s)
         new = read_new_batch(parse_object(raw))
         await self._check_file(principal, new.input_file_id)
-        return _document(await self._store.add(principal, new, self._gateway().config))
+        return document(await self._store.add(principal, new, self._gateway().config))
 
     async def list(self, principal: Principal, request: Request) -> Document:
         """List the caller's batches."""
-        query = _Query(request)
-        limit = query.number("limit", 1, _MOST_BATCHES, _SOME_BATCHES)
+        query = Query(request, known=("after", "limit"))
+        limit = query.limit(_MOST_BATCHES, _SOME_BATCHES)
         batches = await self._store.list(principal.id, after=query.text("after"), limit=limit + 1)
-        return _page(batches, limit)
+        return page(batches, limit)
 
     def retrieve(self, batch_id: str) -> Handler:
         """Describe one batch."""
 
         async def handler(principal: Principal, _request: Request) -> Document:
-            return _document(await self._store.find(principal.id, batch_id))
+            return document(await self._store.find(principal.id, batch_id))
 
         return handler
 
@@ -298,7 +282,7 @@ class _Batches:
         """Stop one batch."""
 
         async def handler(principal: Principal, _request: Request) -> Document:
-            return _document(await self._store.cancel(principal.id, batch_id))
+            return document(await self._store.cancel(principal.id, batch_id))
 
         return handler
 
@@ -366,50 +350,3 @@ def _output_expiry(value: object) -> int | None:
         message = "`output_expires_after` must be an object."
         raise InvalidRequest(message, param="output_expires_after")
     return check_expiry(value.get("anchor"), value.get("seconds"), "output_expires_after")
-
-
-class _Query:
-    """The query of a request, checked where it is read."""
-
-    def __init__(self, request: Request) -> None:
-        self._parameters = request.query_params
-
-    def text(self, name: str) -> str | None:
-        """Return a text; an empty one is none."""
-        return self._parameters.get(name) or None
-
-    def one_of(self, name: str, allowed: Sequence[str]) -> str | None:
-        """Return one of `allowed`."""
-        value = self._parameters.get(name)
-        if value is not None and value not in allowed:
-            raise InvalidRequest(f"`{name}` must be one of {', '.join(allowed)}.", param=name)
-        return value
-
-    def number(self, name: str, least: int, most: int, default: int) -> int:
-        """Return a whole number from `least` to `most`."""
-        value = self._parameters.get(name)
-        if value is None:
-            return default
-        number = int(value) if value.isdecimal() and len(value) <= len(str(most)) else None
-        if number is None or not least <= number <= most:
-            message = f"`{name}` must be a whole number from {least} to {most}."
-            raise InvalidRequest(message, param=name)
-        return number
-
-
-def _document(value: dict[str, Any]) -> Document:
-    return Document(orjson.dumps(value))
-
-
-def _page(found: list[dict[str, Any]], limit: int) -> Document:
-    """Return a list of OpenAI's; one more than `limit` was asked for, to know of more."""
-    data = found[:limit]
-    return _document(
-        {
-            "object": "list",
-            "data": data,
-            "first_id": data[0]["id"] if data else None,
-            "last_id": data[-1]["id"] if data else None,
-            "has_more": len(found) > limit,
-        }
-    )
