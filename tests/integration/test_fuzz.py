@@ -6,11 +6,8 @@ import asyncio
 import gzip
 import json
 import re
-import socket
-import subprocess
-import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -21,8 +18,7 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
 from serve_app.completions.kinds import ENDPOINTS, Kind
-from serve_app.stack import nginx
-from serve_app.stack.ports import pick_free
+from tests.integration.doors import door
 from tests.integration.fakes import AUTHORIZATION, KEY, World, client, until, world
 
 # The same examples each time; a longer hunt sets another profile by hand.
@@ -231,36 +227,6 @@ async def test_bytes_flipped_put_in_and_taken_out() -> None:
 # Requests that are no good HTTP, through the real nginx.
 
 
-@contextmanager
-def _door(served: World, **values: str) -> Iterator[int]:
-    """Put nginx before the gateway; yields its port."""
-    [port] = pick_free(1)
-    server = nginx.prepare(
-        {
-            "COMP_AI_NGINX_LISTEN": f"127.0.0.1:{port}",
-            "COMP_AI_NGINX_UPSTREAM": served.server.address,
-            "COMP_AI_NGINX_LOG": "/dev/null",
-            **{f"COMP_AI_NGINX_{name.upper()}": value for name, value in values.items()},
-        }
-    )
-    process = subprocess.Popen(server.command, stderr=subprocess.DEVNULL)
-    try:
-        deadline_s = time.monotonic() + 20
-        while not _listens(port):
-            assert time.monotonic() < deadline_s
-            time.sleep(0.02)
-        yield port
-    finally:
-        process.terminate()
-        process.wait(20)
-        server.remove()
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 async def _raw(port: int, request: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
@@ -320,7 +286,7 @@ _ODD: dict[str, bytes] = {
 
 async def test_odd_requests_through_nginx() -> None:
     async with _open_world() as served:
-        with _door(served) as port:
+        with door(served) as port:
             answers = {name: await _raw(port, request) for name, request in _ODD.items()}
         for name, answer in answers.items():
             head, _, body = answer.partition(b"\r\n\r\n")
@@ -344,7 +310,7 @@ async def test_odd_requests_through_nginx() -> None:
 )
 async def test_who_dawdles_is_cut_off_and_holds_nothing_behind_nginx(sent: bytes) -> None:
     async with _open_world() as served:
-        with _door(served, timeout="1s") as port:
+        with door(served, timeout="1s") as port:
             assert await _raw(port, sent) == b""
         assert served.records == []
         async with client(served) as http:

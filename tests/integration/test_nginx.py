@@ -158,6 +158,8 @@ def _error(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
         "/v1/files",
         "/v1/files/file-1/content",
         "/v1/batches/batch_1/cancel",
+        "/v1/keys/1/rotate",
+        "/admin/keys",
         "/tokenize",
         "/detokenize",
         "/score",
@@ -206,6 +208,10 @@ def test_a_model_name_with_a_slash_arrives_the_same_with_and_without_the_prefix(
         "/tokenizer",
         "/v2/models",
         "/docs/x",
+        "/v1",
+        "/admin",
+        "/administrator",
+        "/v1/../admin",
     ],
 )
 def test_everything_else_is_not_there(door: Any, upstream: Any, path: str) -> None:
@@ -352,9 +358,12 @@ def test_an_upload_may_be_larger_than_other_bodies(door: Any, upstream: Any, pre
         assert client.post(f"{prefix}{path}", content=b"x" * too_much).status_code == 413
 
 
-def test_too_many_requests_are_refused_in_the_openai_form(door: Any, upstream: Any) -> None:
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/keys", "/admin/keys"])
+def test_too_many_requests_are_refused_in_the_openai_form(
+    door: Any, upstream: Any, path: str
+) -> None:
     client = door(rate="1r/m", burst="2")
-    answers = [client.get("/v1/models") for _ in range(5)]
+    answers = [client.get(path) for _ in range(5)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429, 429]
     error = _error(answers[-1], 429, "rate_limit_exceeded")
     assert error["type"] == "rate_limit_error"
