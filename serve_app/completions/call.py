@@ -18,6 +18,7 @@ from typing import NoReturn
 from starlette.requests import Request
 from starlette.types import Send
 
+from serve_app.client_address import client_address
 from serve_app.completions.attempt import Attempt
 from serve_app.completions.body import Ask, Rules, find_model, govern, model_name, parse_object
 from serve_app.completions.elsewhere import open_elsewhere
@@ -83,7 +84,7 @@ class Call:
         self.exchange = Exchange(
             route=route,
             request_id=fit_request_id(request.headers.get("x-request-id")),
-            client_address=_client_address(request),
+            client_address=client_address(request),
         )
         self._keyed = Keyed(config, parts.database, self.exchange)
         self._finishing = Finishing(config, parts, spawn, self.exchange)
@@ -404,8 +405,3 @@ class Call:
 
     def _timing(self, total_s: float | None) -> str:
         return self.exchange.timings.server_timing(total_s)
-
-
-def _client_address(request: Request) -> str | None:
-    # nginx is the only door and sets this header itself.
-    return request.headers.get("x-real-ip") or (request.client.host if request.client else None)
