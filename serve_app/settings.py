@@ -10,11 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import AnyHttpUrl, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    AnyHttpUrl,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 from serve_app.errors import ConfigError
+from serve_app.identity.issuers_file import ONE_INTROSPECTION, LoadedIssuer, load_issuers
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 _Group = TypeVar("_Group", bound=BaseModel)
@@ -151,7 +160,7 @@ class OidcSettings(_Settings):
     client_secret: SecretStr | None = Field(
         default=None,
         alias="COMP_AI_KEYCLOAK_CLIENT_SECRET",
-        description="Secret of that client, for `comp-ai token`.",
+        description="Secret of that client, for `comp-ai token` and for introspection.",
     )
     authorized_parties: tuple[str, ...] = Field(
         default=(),
@@ -159,6 +168,76 @@ class OidcSettings(_Settings):
         description="Clients (`azp`) whose tokens are accepted, separated by commas; "
         "empty accepts every client of the issuer that was given our audience.",
     )
+    discovery_url: AnyHttpUrl | None = Field(
+        default=None,
+        alias="COMP_AI_OIDC_DISCOVERY_URL",
+        description="Where the issuer's discovery document is reached, if not below its own URL.",
+    )
+    introspection: bool = Field(
+        default=False,
+        alias="COMP_AI_OIDC_INTROSPECTION",
+        description="Ask the issuer about opaque tokens, as our client.",
+    )
+    issuers_file: Path | None = Field(
+        default=None,
+        alias="COMP_AI_OIDC_ISSUERS",
+        description="Path of a YAML file of further issuers.",
+    )
+    clock_skew_s: float = Field(
+        default=30.0,
+        ge=0,
+        le=300,
+        alias="COMP_AI_OIDC_CLOCK_SKEW_S",
+        description="How far apart our clock and an issuer's may be.",
+    )
+    key_refresh_s: float = Field(
+        default=300.0,
+        ge=1,
+        le=24 * 3600.0,
+        alias="COMP_AI_OIDC_KEY_REFRESH_S",
+        description="How often signing keys are fetched ahead of need.",
+    )
+    unknown_key_s: float = Field(
+        default=5.0,
+        ge=1,
+        le=300,
+        alias="COMP_AI_OIDC_UNKNOWN_KEY_S",
+        description="Least time between two fetches for keys that are not known.",
+    )
+    key_outage_s: float = Field(
+        default=24 * 3600.0,
+        ge=0,
+        le=30 * 24 * 3600.0,
+        alias="COMP_AI_OIDC_KEY_OUTAGE_S",
+        description="How long known keys go on working while their issuer is away.",
+    )
+    introspection_cache_s: float = Field(
+        default=60.0,
+        ge=0,
+        le=3600,
+        alias="COMP_AI_OIDC_INTROSPECTION_CACHE_S",
+        description="How long an issuer's answer about an opaque token holds.",
+    )
+    introspection_outage_s: float = Field(
+        default=300.0,
+        ge=0,
+        le=24 * 3600.0,
+        alias="COMP_AI_OIDC_INTROSPECTION_OUTAGE_S",
+        description="How long it holds while the issuer is away.",
+    )
+    introspection_rate: float = Field(
+        default=20.0,
+        gt=0,
+        le=10_000,
+        alias="COMP_AI_OIDC_INTROSPECTION_RATE",
+        description="Most questions a second about tokens that were never good.",
+    )
+
+    @model_validator(mode="after")
+    def _introspection_has_its_secret(self) -> Self:
+        if self.introspection and self.client_secret is None:
+            raise ValueError("COMP_AI_KEYCLOAK_CLIENT_SECRET must be set beside it")
+        return self
 
     @property
     def issuer_url(self) -> str | None:
@@ -169,6 +248,11 @@ class OidcSettings(_Settings):
             return f"{str(self.keycloak_url).rstrip('/')}/realms/{self.keycloak_realm}"
         return None
 
+    @property
+    def discovery_address(self) -> str | None:
+        """Where its discovery document is, or None where it is below the issuer's own URL."""
+        return None if self.discovery_url is None else str(self.discovery_url)
+
 
 class Settings(_Settings):
     """All settings of one process."""
@@ -176,6 +260,7 @@ class Settings(_Settings):
     service: ServiceSettings = ServiceSettings()
     postgres: PostgresSettings = PostgresSettings()
     oidc: OidcSettings = OidcSettings()
+    further_issuers: tuple[LoadedIssuer, ...] = ()
 
 
 GROUPS: dict[str, type[BaseModel]] = {
@@ -192,11 +277,24 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         ConfigError: if a value is not allowed; names the variable and what is allowed.
     """
     env = os.environ if environ is None else environ
+    oidc = _load(OidcSettings, env)
     return Settings(
         service=_load(ServiceSettings, env),
         postgres=_load(PostgresSettings, env),
-        oidc=_load(OidcSettings, env),
+        oidc=oidc,
+        further_issuers=_load_issuers(oidc, env),
     )
+
+
+def _load_issuers(oidc: OidcSettings, env: Mapping[str, str]) -> tuple[LoadedIssuer, ...]:
+    if oidc.issuers_file is None:
+        return ()
+    taken = [] if oidc.issuer_url is None else [oidc.issuer_url]
+    issuers = load_issuers(oidc.issuers_file, env, taken=taken)
+    asked = [oidc.introspection, *(issuer.entry.introspection for issuer in issuers)]
+    if sum(asked) > 1:
+        raise ConfigError("COMP_AI_OIDC_ISSUERS", str(oidc.issuers_file), ONE_INTROSPECTION)
+    return issuers
 
 
 def _load(group: type[_Group], env: Mapping[str, str]) -> _Group:
@@ -210,6 +308,8 @@ def _load(group: type[_Group], env: Mapping[str, str]) -> _Group:
         return group.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:
+            raise ConfigError("COMP_AI_OIDC_INTROSPECTION", True, first["msg"]) from None
         name = str(first["loc"][0])
         secret = any(
             f.alias == name and _is_secret(f.annotation) for f in group.model_fields.values()

@@ -29,7 +29,7 @@ async def obtain(
     if secret is None:
         raise ConfigError("COMP_AI_KEYCLOAK_CLIENT_SECRET", None, f"the secret of {_who(settings)}")
     async with httpx.AsyncClient(timeout=10.0) as http:
-        endpoint = await find_token_endpoint(issuer, http)
+        endpoint = await find_token_endpoint(issuer, http, settings.oidc.discovery_address)
         return await fetch_token(endpoint, settings.oidc.client_id, secret.get_secret_value(), http)
 
 

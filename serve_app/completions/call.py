@@ -33,6 +33,7 @@ from serve_app.completions.sse import KEEP_ALIVE, comment
 from serve_app.config import Bodies, GatewayConfig, Standing
 from serve_app.contracts import Lease, LeaseHint
 from serve_app.errors import (
+    AuthenticationFailed,
     ClientGone,
     DeadlineExceeded,
     EngineFailed,
@@ -151,8 +152,11 @@ class Call:
     async def _principal(self) -> Principal:
         if self._on_behalf is not None:
             return self._on_behalf.principal
-        header = self._request.headers.get("authorization")
-        return await self._parts.authenticator.authenticate(header)
+        headers = self._request.headers.getlist("authorization")
+        # Which one counts must not depend on who reads them.
+        if len(headers) > 1:
+            raise AuthenticationFailed("The Authorization header was sent more than once.")
+        return await self._parts.authenticator.authenticate(headers[0] if headers else None)
 
     def _standing(self, principal: Principal) -> Standing:
         if self._on_behalf is not None:

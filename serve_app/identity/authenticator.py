@@ -11,10 +11,14 @@ from serve_app import lazy_pool
 from serve_app.errors import AuthenticationFailed, IdentityUnavailable
 from serve_app.identity.api_key_verifier import ApiKeyVerifier
 from serve_app.identity.api_keys import KEY_START, ApiKeyStore
-from serve_app.identity.oidc import MAX_TOKEN_CHARS, OidcVerifier
-from serve_app.identity.principal import Principal
+from serve_app.identity.claims import TrustedIssuer
+from serve_app.identity.introspection import IntrospectionPolicy
+from serve_app.identity.issuers_file import LoadedIssuer
+from serve_app.identity.jwks import KeyPolicy
+from serve_app.identity.oidc import MAX_TOKEN_CHARS, OidcVerifier, TokenVerifier
+from serve_app.identity.principal import Permission, Principal
 from serve_app.lazy_pool import LazyPool
-from serve_app.settings import PostgresSettings, Settings
+from serve_app.settings import OidcSettings, PostgresSettings, Settings
 
 _HTTP_TIMEOUT_S = 5.0
 _POOL_SIZE = 4
@@ -32,7 +36,7 @@ class BearerAuthenticator:
 
     def __init__(
         self,
-        oidc: OidcVerifier | None,
+        oidc: TokenVerifier | None,
         api_keys: ApiKeyVerifier,
         *,
         http: httpx.AsyncClient | None = None,
@@ -121,13 +125,56 @@ def build_authenticator(
     return BearerAuthenticator(build_oidc(settings, http), api_keys, http=http, pool=pool)
 
 
-def build_oidc(settings: Settings, http: httpx.AsyncClient) -> OidcVerifier | None:
+def build_oidc(settings: Settings, http: httpx.AsyncClient) -> TokenVerifier | None:
     """Return the verifier of access tokens, or None where no issuer is configured."""
     oidc = settings.oidc
-    if oidc.issuer_url is None:
+    issuers = [_further_issuer(oidc, further) for further in settings.further_issuers]
+    if oidc.issuer_url is not None:
+        issuers.insert(0, _first_issuer(oidc, oidc.issuer_url))
+    if not issuers:
         return None
-    return OidcVerifier(
-        oidc.issuer_url, oidc.audience, oidc.client_id, oidc.authorized_parties, http
+    keys = KeyPolicy(
+        refresh_s=oidc.key_refresh_s,
+        unknown_key_s=oidc.unknown_key_s,
+        outage_s=oidc.key_outage_s,
+    )
+    introspection = IntrospectionPolicy(
+        cache_s=oidc.introspection_cache_s,
+        outage_s=oidc.introspection_outage_s,
+        calls_per_s=oidc.introspection_rate,
+    )
+    return TokenVerifier(
+        [
+            OidcVerifier(issuer, http, key_policy=keys, introspection_policy=introspection)
+            for issuer in issuers
+        ]
+    )
+
+
+def _first_issuer(oidc: OidcSettings, url: str) -> TrustedIssuer:
+    return TrustedIssuer(
+        url=url,
+        audience=oidc.audience,
+        client_id=oidc.client_id,
+        discovery_url=oidc.discovery_address,
+        authorized_parties=oidc.authorized_parties,
+        clock_skew_s=oidc.clock_skew_s,
+        introspection_secret=oidc.client_secret if oidc.introspection else None,
+    )
+
+
+def _further_issuer(oidc: OidcSettings, further: LoadedIssuer) -> TrustedIssuer:
+    entry = further.entry
+    return TrustedIssuer(
+        url=further.url,
+        audience=entry.audience,
+        client_id=entry.client_id,
+        name=entry.name,
+        discovery_url=None if entry.discovery_url is None else str(entry.discovery_url),
+        authorized_parties=entry.authorized_parties,
+        permissions=frozenset(map(Permission, entry.permissions)),
+        clock_skew_s=oidc.clock_skew_s,
+        introspection_secret=further.secret,
     )
 
 

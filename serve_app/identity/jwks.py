@@ -1,7 +1,7 @@
 """The signing keys of an OpenID Connect issuer, fetched ahead and kept through outages.
 
-OpenID Connect Discovery 1.0 §4 says where the keys are, RFC 7517 what they look like. Nothing
-in a token ever says where to fetch a key: only the configured issuer does.
+RFC 7517 says what they look like. Nothing in a token ever says where to fetch a key: only the
+configured issuer does.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ from typing import Any
 
 import httpx
 import jwt
-import orjson
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from serve_app.errors import AuthenticationFailed, IdentityUnavailable
+from serve_app.identity.discovery import (
+    FETCH_ERRORS,
+    Discovery,
+    describe_failure,
+    get_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +35,8 @@ ALLOWED_ALGORITHMS = RSA_ALGORITHMS.union(*CURVE_ALGORITHMS.values())
 _MIN_RSA_BITS = 2048
 _PUBLIC_MEMBERS = frozenset({"kty", "crv", "x", "y", "n", "e"})
 _MAX_KEYS = 100
-_MAX_DOCUMENT_BYTES = 1024 * 1024
+_MAX_WANTED = 100
+_MAX_ABSENT = 1000
 _UNKNOWN_KEY = "The access token is signed with a key that its issuer does not publish."
 
 
@@ -44,12 +50,16 @@ class VerificationKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyPolicy:
-    """When keys are fetched, in seconds."""
+    """When keys are fetched, in seconds.
+
+    `unknown_key_s` is the least time between two fetches for keys that are not known, `outage_s`
+    how long known keys go on working while the issuer is away.
+    """
 
     refresh_s: float = 300.0
     first_retry_s: float = 1.0
     max_retry_s: float = 30.0
-    demand_interval_s: float = 30.0
+    unknown_key_s: float = 5.0
     outage_s: float = 24 * 3600.0
     fetch_timeout_s: float = 10.0
 
@@ -58,31 +68,32 @@ class IssuerKeys:
     """Serves the issuer's keys from memory and refreshes them in the background.
 
     Args:
-        issuer_url: the issuer; its discovery document must name it.
+        discovery: says where the keys are.
         http: not closed here.
-        discovery_url: where the document is, if not below the issuer's own address.
         clock: monotonic seconds.
     """
 
     def __init__(
         self,
-        issuer_url: str,
+        discovery: Discovery,
         http: httpx.AsyncClient,
         *,
         policy: KeyPolicy | None = None,
-        discovery_url: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._issuer_url = issuer_url.rstrip("/")
-        self._discovery_url = discovery_url or discovery_address(issuer_url)
+        self._discovery = discovery
         self._http = http
         self._policy = policy or KeyPolicy()
         self._clock = clock
         self._keys: dict[str, VerificationKey] = {}
-        self._jwks_uri: str | None = None
+        # Asked for, and not in the answer of the last fetch.
+        self._absent: set[str] = set()
+        # What the next fetch on demand waits for.
+        self._wanted: set[str] = set()
         self._fetched_at: float | None = None
         self._last_failed = False
         self._demanded_at: float | None = None
+        self._demand: asyncio.Task[None] | None = None
         self._fetching: asyncio.Task[None] | None = None
         self._refresher: asyncio.Task[None] | None = None
 
@@ -94,8 +105,10 @@ class IssuerKeys:
 
     async def close(self) -> None:
         """Stop fetching."""
-        tasks = [task for task in (self._refresher, self._fetching) if task is not None]
-        self._refresher = self._fetching = None
+        tasks = [
+            task for task in (self._refresher, self._demand, self._fetching) if task is not None
+        ]
+        self._refresher = self._demand = self._fetching = None
         for task in tasks:
             task.cancel()
         for task in tasks:
@@ -105,9 +118,13 @@ class IssuerKeys:
     async def get(self, kid: str) -> VerificationKey:
         """Return the issuer's key `kid`.
 
+        A key that is not known is looked for first, which may take `unknown_key_s`: a key that
+        signs as soon as it is made must fail no request.
+
         Raises:
             AuthenticationFailed: the issuer does not publish that key.
-            IdentityUnavailable: the issuer cannot be asked and no usable answer is kept.
+            IdentityUnavailable: the issuer cannot be asked and no usable answer is kept, or too
+                many wait for keys that are not known.
         """
         if (key := self._cached(kid)) is not None:
             return key
@@ -118,6 +135,8 @@ class IssuerKeys:
         # that it is wrong.
         if self._last_failed or not self._usable():
             raise IdentityUnavailable(retry_after_s=self._policy.max_retry_s)
+        if len(self._absent) < _MAX_ABSENT:
+            self._absent.add(kid)
         raise AuthenticationFailed(_UNKNOWN_KEY)
 
     def _cached(self, kid: str) -> VerificationKey | None:
@@ -130,7 +149,7 @@ class IssuerKeys:
         )
 
     async def _look_again(self, kid: str) -> None:
-        """Fetch for a `kid` that is not known, at most once in each interval.
+        """Wait for a fetch that begins after this call, at most one in each interval.
 
         The background refresh does not count, else a rotation just after it would be seen late.
         """
@@ -139,10 +158,34 @@ class IssuerKeys:
             # That fetch may have left before the key was published; if it failed, so would ours.
             if self._last_failed or self._cached(kid) is not None:
                 return
-        now, last = self._clock(), self._demanded_at
-        if last is None or now - last >= self._policy.demand_interval_s:
-            self._demanded_at = now
-            await self._fetch_shared()
+        wait_s = self._demand_wait_s()
+        if wait_s > 0 and (self._last_failed or kid in self._absent):
+            return
+        # Who waits holds a request open. Real keys are few; made-up ones must not pile up.
+        if wait_s > 0 and kid not in self._wanted and len(self._wanted) >= _MAX_WANTED:
+            raise IdentityUnavailable(retry_after_s=self._policy.unknown_key_s)
+        self._wanted.add(kid)
+        await self._demanded(wait_s)
+
+    def _demand_wait_s(self) -> float:
+        if self._demanded_at is None:
+            return 0.0
+        return max(0.0, self._demanded_at + self._policy.unknown_key_s - self._clock())
+
+    async def _demanded(self, wait_s: float) -> None:
+        if self._demand is None or self._demand.done():
+            self._demand = asyncio.create_task(
+                self._fetch_on_demand(wait_s), name="oidc-keys-demand"
+            )
+        await asyncio.shield(self._demand)
+
+    async def _fetch_on_demand(self, wait_s: float) -> None:
+        await asyncio.sleep(wait_s)
+        self._demanded_at = self._clock()
+        # From here on it is too late to join: the answer may be older than the question.
+        self._demand = None
+        self._wanted.clear()
+        await self._fetch_shared()
 
     async def _fetch_shared(self) -> None:
         if self._fetching is None or self._fetching.done():
@@ -165,80 +208,31 @@ class IssuerKeys:
         try:
             async with asyncio.timeout(self._policy.fetch_timeout_s):
                 keys = await self._download()
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, TimeoutError) as error:
+        except FETCH_ERRORS as error:
             self._last_failed = True
-            # The address may have moved: look it up again next time.
-            self._jwks_uri = None
+            self._discovery.forget()
             logger.warning(
                 "cannot fetch the signing keys of the issuer: %s",
                 describe_failure(error),
-                extra={"action": "oidc_keys_fetch_failed", "issuer": self._issuer_url},
+                extra={"action": "oidc_keys_fetch_failed", "issuer": self._discovery.issuer_url},
             )
             return
         self._keys = keys
+        self._absent.clear()
         self._fetched_at = self._clock()
         if self._last_failed:
-            logger.info("the issuer answers again", extra={"action": "oidc_keys_recovered"})
+            logger.info(
+                "the issuer answers again",
+                extra={"action": "oidc_keys_recovered", "issuer": self._discovery.issuer_url},
+            )
         self._last_failed = False
 
     async def _download(self) -> dict[str, VerificationKey]:
-        if self._jwks_uri is None:
-            document = await get_json(self._http, self._discovery_url)
-            check_issuer(document, self._issuer_url)
-            self._jwks_uri = required_url(document, "jwks_uri")
-        keys = parse_jwks(await get_json(self._http, self._jwks_uri))
+        uri = await self._discovery.endpoint("jwks_uri")
+        keys = parse_jwks(await get_json(self._http, uri))
         if not keys:
             raise ValueError("no usable signing key is published")
         return keys
-
-
-def discovery_address(issuer_url: str) -> str:
-    """Return where an issuer keeps its discovery document (OpenID Connect Discovery §4)."""
-    return f"{issuer_url.rstrip('/')}/.well-known/openid-configuration"
-
-
-async def get_json(http: httpx.AsyncClient, url: str) -> dict[str, Any]:
-    """Return the JSON object at `url`. No redirect is followed; at most 1 MiB is read.
-
-    Raises:
-        httpx.HTTPError: no answer or an error status.
-        ValueError: not a JSON object, or too large.
-    """
-    body = bytearray()
-    async with http.stream("GET", url, follow_redirects=False) as response:
-        if response.status_code != httpx.codes.OK:
-            raise ValueError(f"status {response.status_code}")
-        async for chunk in response.aiter_bytes():
-            body += chunk
-            if len(body) > _MAX_DOCUMENT_BYTES:
-                raise ValueError("the document is too large")
-    document = orjson.loads(body)
-    if not isinstance(document, dict):
-        raise ValueError("not a JSON object")
-    return document
-
-
-def check_issuer(document: Mapping[str, Any], issuer_url: str) -> None:
-    """Check that a discovery document is the issuer's own (OpenID Connect Discovery §4.3).
-
-    Raises:
-        ValueError: it names another issuer; a trailing slash makes no difference.
-    """
-    issuer = document.get("issuer")
-    if not isinstance(issuer, str) or issuer.rstrip("/") != issuer_url.rstrip("/"):
-        raise ValueError("the discovery document names another issuer")
-
-
-def required_url(document: Mapping[str, Any], field: str) -> str:
-    """Return the http(s) address in `field` of a discovery document.
-
-    Raises:
-        ValueError: it is missing or no such address.
-    """
-    url = document.get(field)
-    if not isinstance(url, str) or not url.startswith(("https://", "http://")):
-        raise ValueError(f"the discovery document has no {field}")
-    return url
 
 
 def parse_jwks(document: Mapping[str, Any]) -> dict[str, VerificationKey]:
@@ -287,13 +281,6 @@ def _fitting_algorithms(entry: Mapping[str, Any]) -> frozenset[str]:
             return frozenset()
     named = entry.get("alg")
     return fitting if named is None else fitting & {str(named)}
-
-
-def describe_failure(error: Exception) -> str:
-    """Return `error` for a log line: our own words, or the class of a foreign error."""
-    if type(error) is ValueError:
-        return str(error)
-    return type(error).__name__
 
 
 def _report_death(task: asyncio.Task[None]) -> None:

@@ -1,55 +1,95 @@
 """Verification of access tokens: RFC 7519 (JWT), RFC 8725 (best practice), RFC 9068.
 
-A token is refused unless every rule here says yes. What a refusal says never shows any part of
-the token.
+A token is refused unless every rule here and in `claims` says yes. What a refusal says never
+shows any part of the token.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
+import binascii
+import json
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from base64 import urlsafe_b64decode
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
 import jwt
+import orjson
 
 from serve_app.errors import AuthenticationFailed
+from serve_app.identity.claims import ClaimRules, TrustedIssuer, to_principal
+from serve_app.identity.discovery import Discovery
+from serve_app.identity.introspection import IntrospectionPolicy, Introspector
 from serve_app.identity.jwks import ALLOWED_ALGORITHMS, IssuerKeys, KeyPolicy, VerificationKey
-from serve_app.identity.principal import Permission, Principal
-from serve_app.records import PrincipalKind
+from serve_app.identity.principal import Principal
+from serve_app.identity.token_cache import TokenCache, digest_of
 
 MAX_TOKEN_CHARS = 16 * 1024
-MODEL_ROLE_PREFIX = "comp-ai:model:"
 
-_ROLE_PREFIX = "comp-ai:"
-_MAX_SUBJECT_CHARS = 255  # OpenID Connect Core §2, `sub`
 _MAX_KID_CHARS = 256
-_MAX_TIME = 2**53
 _HEADER_TYPES = frozenset({"jwt", "at+jwt", "application/at+jwt"})
-# Headers that bring or point to a key, or demand an extension that we do not know.
-_REFUSED_HEADERS = frozenset({"jku", "jwk", "x5u", "x5c", "crit"})
-# Only an ID token carries the hash of another token (OpenID Connect Core §3.1.3.6, §3.3.2.11).
-_ID_TOKEN_CLAIMS = frozenset({"at_hash", "c_hash", "s_hash"})
-_CLIENT_CREDENTIALS = frozenset({"client-credentials", "client_credentials"})
-_SIGNATURE_ONLY: Any = {
-    "verify_signature": True,
-    **{f"verify_{claim}": False for claim in ("exp", "nbf", "iat", "aud", "iss", "sub", "jti")},
-}
+# Headers that bring or point to a key, demand an extension that we do not know, or say that
+# another token is inside.
+_REFUSED_HEADERS = frozenset({"jku", "jwk", "x5u", "x5c", "crit", "cty", "zip", "b64"})
+_JWS = jwt.PyJWS()
+_NO_CREDENTIAL = "The credential is neither an API key nor a token."
+
+
+class TokenVerifier:
+    """Chooses the issuer of a token, which then checks it.
+
+    A signed token names its issuer itself. Before its signature is checked that is only a claim:
+    it chooses among `issuers` and nothing else. An opaque token names nobody, so only one issuer
+    may be asked for such; else one would get to see the tokens of another.
+    """
+
+    def __init__(self, issuers: Sequence[OidcVerifier]) -> None:
+        self._issuers = {issuer.url: issuer for issuer in issuers}
+        self._introspecting = next((issuer for issuer in issuers if issuer.introspects), None)
+        self._names = tuple(f"{issuer.name}:" for issuer in issuers if issuer.name is not None)
+
+    def start(self) -> None:
+        """Begin to fetch the issuers' keys; never waits and never fails while one is away."""
+        for issuer in self._issuers.values():
+            issuer.start()
+
+    async def close(self) -> None:
+        """Stop the background work."""
+        for issuer in self._issuers.values():
+            await issuer.close()
+
+    async def verify(self, token: str) -> Principal:
+        """Return the principal that `token` names.
+
+        Raises:
+            AuthenticationFailed: the token is not valid here.
+            IdentityUnavailable: it cannot be checked now.
+        """
+        _check_length(token)
+        issuer = self._chosen(token)
+        principal = await issuer.verify(token)
+        # Whoever may choose a name at the first issuer must not choose one of another's.
+        if issuer.name is None and principal.id.startswith(self._names):
+            raise AuthenticationFailed("The access token has no valid `sub`.")
+        return principal
+
+    def _chosen(self, token: str) -> OidcVerifier:
+        if not is_signed(token):
+            if self._introspecting is None:
+                raise AuthenticationFailed(_NO_CREDENTIAL)
+            return self._introspecting
+        issuer = self._issuers.get(_claimed_issuer(token))
+        if issuer is None:
+            raise AuthenticationFailed("The access token comes from another issuer.")
+        return issuer
 
 
 class OidcVerifier:
     """Turns access tokens of one issuer into principals.
 
     Args:
-        issuer_url: the `iss` that tokens must carry; a trailing slash makes no difference.
-        audience: the `aud` that they must hold.
-        client_id: our client, whose client roles count.
-        authorized_parties: the `azp` that are accepted; empty accepts every client.
         http: used for the issuer only, and not closed here.
-        clock_skew_s: how far apart our clock and the issuer's may be.
         cache_s: how long a verified token is believed without a new look at its signature.
         now: Unix seconds, for the claims.
         clock: monotonic seconds, for the caches.
@@ -57,58 +97,75 @@ class OidcVerifier:
 
     def __init__(
         self,
-        issuer_url: str,
-        audience: str,
-        client_id: str,
-        authorized_parties: Collection[str],
+        issuer: TrustedIssuer,
         http: httpx.AsyncClient,
-        clock_skew_s: float = 30.0,
         *,
         key_policy: KeyPolicy | None = None,
-        discovery_url: str | None = None,
+        introspection_policy: IntrospectionPolicy | None = None,
         cache_s: float = 60.0,
         cache_size: int = 10_000,
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._issuer_url = issuer_url.rstrip("/")
-        self._audience = audience
-        self._client_id = client_id
-        self._authorized_parties = tuple(authorized_parties)
-        self._clock_skew_s = clock_skew_s
-        self._now = now
-        self._keys = IssuerKeys(
-            issuer_url, http, policy=key_policy, discovery_url=discovery_url, clock=clock
+        self._issuer = issuer
+        self._rules = ClaimRules(issuer, now)
+        discovery = Discovery(issuer.url, http, issuer.discovery_url)
+        self._keys = IssuerKeys(discovery, http, policy=key_policy, clock=clock)
+        self._introspector = (
+            None
+            if issuer.introspection_secret is None
+            else Introspector(
+                issuer, discovery, self._rules, http, policy=introspection_policy, clock=clock
+            )
         )
-        self._cache = _VerifiedTokens(cache_size, cache_s, clock)
+        self._cache_s = cache_s
+        self._cache: TokenCache[tuple[Principal, float]] = TokenCache(cache_size, clock)
+
+    @property
+    def url(self) -> str:
+        """The issuer, without a slash at its end."""
+        return self._issuer.url.rstrip("/")
+
+    @property
+    def name(self) -> str | None:
+        """The name of a further issuer."""
+        return self._issuer.name
+
+    @property
+    def introspects(self) -> bool:
+        """Whether its opaque tokens are asked for."""
+        return self._introspector is not None
 
     def start(self) -> None:
         """Begin to fetch the issuer's keys; never waits and never fails while it is away."""
         self._keys.start()
 
     async def close(self) -> None:
-        """Stop the background refresh."""
+        """Stop the background refresh and the calls that are under way."""
         await self._keys.close()
+        if self._introspector is not None:
+            await self._introspector.close()
 
     async def verify(self, token: str) -> Principal:
         """Return the principal that `token` names.
 
         Raises:
             AuthenticationFailed: the token is not valid here.
-            IdentityUnavailable: the issuer's keys are not known and cannot be fetched.
+            IdentityUnavailable: the issuer is needed and away.
         """
-        if len(token) > MAX_TOKEN_CHARS:
-            raise AuthenticationFailed("The access token is too long.")
-        digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
-        known = self._cache.get(digest)
+        _check_length(token)
+        if self._introspector is not None and not is_signed(token):
+            return await self._introspector.verify(token)
+        digest = digest_of(token)
+        known = self._cache.get(digest, self._cache_s)
         if known is not None:
             principal, expires_at = known
-            self._check_expiry(expires_at)
+            self._rules.check_expiry(expires_at)
             return principal
         claims = await self._verified_claims(token)
-        self._check_claims(claims)
-        principal = to_principal(claims, self._client_id)
-        self._cache.put(digest, principal, _time_claim(claims, "exp", required=True))
+        expires_at = self._rules.check(claims)
+        principal = to_principal(claims, self._issuer)
+        self._cache.put(digest, (principal, expires_at))
         return principal
 
     async def _verified_claims(self, token: str) -> dict[str, Any]:
@@ -119,58 +176,26 @@ class OidcVerifier:
             raise AuthenticationFailed("The access token's algorithm does not fit its key.")
         return _check_signature(token, key, algorithm)
 
-    def _check_claims(self, claims: Mapping[str, Any]) -> None:
-        _check_is_access_token(claims)
-        issuer = claims.get("iss")
-        if not isinstance(issuer, str) or issuer.rstrip("/") != self._issuer_url:
-            raise AuthenticationFailed("The access token comes from another issuer.")
-        if self._audience not in _strings(claims.get("aud")):
-            raise AuthenticationFailed("The access token is not meant for this service (`aud`).")
-        party = _client(claims)
-        if self._authorized_parties and party not in self._authorized_parties:
-            raise AuthenticationFailed("This client's access tokens are not accepted (`azp`).")
-        self._check_times(claims)
 
-    def _check_times(self, claims: Mapping[str, Any]) -> None:
-        self._check_expiry(_time_claim(claims, "exp", required=True))
-        latest = self._now() + self._clock_skew_s
-        for name in ("nbf", "iat"):
-            if _time_claim(claims, name, required=False) > latest:
-                raise AuthenticationFailed(f"The access token is not valid yet (`{name}`).")
-
-    def _check_expiry(self, expires_at: float) -> None:
-        # RFC 7519 §4.1.4: not accepted "on or after" that time.
-        if self._now() >= expires_at + self._clock_skew_s:
-            raise AuthenticationFailed("The access token has expired. Get a new one.")
+def is_signed(token: str) -> bool:
+    """Tell whether `token` has the form of a signed JWT (RFC 7515 §7.1); others are opaque."""
+    return token.count(".") == 2
 
 
-class _VerifiedTokens:
-    """The latest verified tokens by SHA-256, so that no token stays in memory."""
+def _check_length(token: str) -> None:
+    if len(token) > MAX_TOKEN_CHARS:
+        raise AuthenticationFailed("The access token is too long.")
 
-    def __init__(self, size: int, max_age_s: float, clock: Callable[[], float]) -> None:
-        self._size = size
-        self._max_age_s = max_age_s
-        self._clock = clock
-        self._entries: OrderedDict[bytes, tuple[Principal, float, float]] = OrderedDict()
 
-    def get(self, digest: bytes) -> tuple[Principal, float] | None:
-        """Return the principal and its token's `exp`, or None."""
-        entry = self._entries.get(digest)
-        if entry is None:
-            return None
-        principal, expires_at, verified_at = entry
-        if self._clock() - verified_at >= self._max_age_s:
-            del self._entries[digest]
-            return None
-        self._entries.move_to_end(digest)
-        return principal, expires_at
-
-    def put(self, digest: bytes, principal: Principal, expires_at: float) -> None:
-        """Keep a verified token; the least used one makes room."""
-        self._entries[digest] = (principal, expires_at, self._clock())
-        self._entries.move_to_end(digest)
-        if len(self._entries) > self._size:
-            self._entries.popitem(last=False)
+def _claimed_issuer(token: str) -> str:
+    """Return the `iss` that a token claims, without a slash at its end. Nothing is verified."""
+    payload = token.split(".")[1].encode("utf-8", "surrogateescape")
+    try:
+        claims = orjson.loads(urlsafe_b64decode(payload + b"=" * (-len(payload) % 4)))
+    except (binascii.Error, ValueError):
+        raise AuthenticationFailed(_NO_CREDENTIAL) from None
+    issuer = claims.get("iss") if isinstance(claims, dict) else None
+    return issuer.rstrip("/") if isinstance(issuer, str) else ""
 
 
 def _read_header(token: str) -> dict[str, Any]:
@@ -178,7 +203,7 @@ def _read_header(token: str) -> dict[str, Any]:
         return jwt.get_unverified_header(token)
     except (jwt.PyJWTError, ValueError, RecursionError):
         # PyJWT's message quotes the token.
-        raise AuthenticationFailed("The credential is neither an API key nor a token.") from None
+        raise AuthenticationFailed(_NO_CREDENTIAL) from None
 
 
 def _check_header(header: Mapping[str, Any]) -> str:
@@ -199,92 +224,22 @@ def _check_header(header: Mapping[str, Any]) -> str:
 def _check_signature(token: str, key: VerificationKey, algorithm: str) -> dict[str, Any]:
     """Return the claims of a token whose signature holds; the claims are not judged here."""
     try:
-        return jwt.decode(token, key.key, algorithms=[algorithm], options=_SIGNATURE_ONLY)
+        signed = _JWS.decode_complete(token, key.key, algorithms=[algorithm])
+        claims = json.loads(signed["payload"], object_pairs_hook=_once)
     except (jwt.PyJWTError, ValueError, RecursionError):
         raise AuthenticationFailed("The access token's signature or form is wrong.") from None
+    if not isinstance(claims, dict):
+        raise AuthenticationFailed("The access token's signature or form is wrong.")
+    return claims
 
 
-def _check_is_access_token(claims: Mapping[str, Any]) -> None:
-    # Keycloak names the kind in a claim: Bearer, ID, Refresh, Logout and others.
-    if claims.get("typ", "Bearer") != "Bearer" or not _ID_TOKEN_CLAIMS.isdisjoint(claims):
-        raise AuthenticationFailed("The token is not an access token. Send the access token.")
-
-
-def _time_claim(claims: Mapping[str, Any], name: str, *, required: bool) -> float:
-    """Return a NumericDate (RFC 7519 §2), or minus infinity for an optional one left out."""
-    value = claims.get(name)
-    if value is None and not required:
-        return -math.inf
-    # Refuses JSON's NaN, Infinity and integers beyond a float; true is a number to Python.
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise AuthenticationFailed(f"The access token has no valid `{name}`.")
-    if not 0 <= value < _MAX_TIME:
-        raise AuthenticationFailed(f"The access token has no valid `{name}`.")
-    return float(value)
-
-
-def to_principal(claims: Mapping[str, Any], client_id: str) -> Principal:
-    """Return the principal of verified `claims`.
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON in which no name stands twice (RFC 7519 §4).
 
     Raises:
-        AuthenticationFailed: `sub` is missing or unfit for a log line or a database.
+        ValueError: one does. Which value holds would depend on who reads it.
     """
-    subject = claims.get("sub")
-    if (
-        not isinstance(subject, str)
-        or not 0 < len(subject) <= _MAX_SUBJECT_CHARS
-        or not subject.isprintable()
-    ):
-        raise AuthenticationFailed("The access token has no valid `sub`.")
-    roles = frozenset(_roles(claims, client_id))
-    models = frozenset(
-        role.removeprefix(MODEL_ROLE_PREFIX) for role in roles if role.startswith(MODEL_ROLE_PREFIX)
-    )
-    return Principal(
-        id=subject,
-        kind=PrincipalKind.SERVICE if _is_service(claims, subject) else PrincipalKind.USER,
-        roles=roles,
-        groups=frozenset(_groups(claims)),
-        client_id=_client(claims),
-        permissions=frozenset(permission for permission in Permission if permission in roles),
-        models=models or None,
-    )
-
-
-def _roles(claims: Mapping[str, Any], client_id: str) -> Iterator[str]:
-    yield from _strings(_dig(claims, "realm_access", "roles"))
-    yield from _strings(_dig(claims, "resource_access", client_id, "roles"))
-    scope = claims.get("scope")
-    plain = _strings(claims.get("roles")) + (scope.split() if isinstance(scope, str) else [])
-    yield from (role for role in plain if role.startswith(_ROLE_PREFIX))
-
-
-def _groups(claims: Mapping[str, Any]) -> Iterator[str]:
-    # Keycloak's group mapper writes a path: `/platform/team-a`.
-    yield from (group.removeprefix("/") for group in _strings(claims.get("groups")))
-
-
-def _client(claims: Mapping[str, Any]) -> str | None:
-    party = claims.get("azp", claims.get("client_id"))
-    return party if isinstance(party, str) else None
-
-
-def _is_service(claims: Mapping[str, Any], subject: str) -> bool:
-    return (
-        str(claims.get("preferred_username")).startswith("service-account-")
-        or subject in (claims.get("client_id"), claims.get("azp"))
-        or str(claims.get("gty")) in _CLIENT_CREDENTIALS
-    )
-
-
-def _dig(value: object, *path: str) -> object:
-    for name in path:
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
-
-
-def _strings(value: object) -> list[str]:
-    """Return the strings of a claim that may be one string or a list (RFC 7519 §4.1.3)."""
-    if isinstance(value, str):
-        return [value]
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError
+    return found

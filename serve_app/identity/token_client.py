@@ -9,26 +9,20 @@ import httpx
 import orjson
 
 from serve_app.errors import AuthenticationFailed, IdentityUnavailable
-from serve_app.identity.jwks import (
-    check_issuer,
-    describe_failure,
-    discovery_address,
-    get_json,
-    required_url,
-)
+from serve_app.identity.discovery import FETCH_ERRORS, Discovery, describe_failure
 
 
-async def find_token_endpoint(issuer_url: str, http: httpx.AsyncClient) -> str:
+async def find_token_endpoint(
+    issuer_url: str, http: httpx.AsyncClient, discovery_url: str | None = None
+) -> str:
     """Return the issuer's token endpoint (OpenID Connect Discovery 1.0 §4).
 
     Raises:
         IdentityUnavailable: the issuer does not answer as one.
     """
     try:
-        document = await get_json(http, discovery_address(issuer_url))
-        check_issuer(document, issuer_url)
-        return required_url(document, "token_endpoint")
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        return await Discovery(issuer_url, http, discovery_url).endpoint("token_endpoint")
+    except FETCH_ERRORS as error:
         raise IdentityUnavailable(
             f"The issuer {issuer_url} does not answer: {describe_failure(error)}."
         ) from error

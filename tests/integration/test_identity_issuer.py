@@ -27,6 +27,7 @@ from fastapi import FastAPI
 
 from serve_app.errors import AuthenticationFailed, IdentityUnavailable
 from serve_app.identity.authenticator import build_authenticator
+from serve_app.identity.claims import TrustedIssuer
 from serve_app.identity.jwks import KeyPolicy
 from serve_app.identity.local_issuer import (
     fetch_token,
@@ -143,7 +144,12 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
 
 
 def make_verifier(issuer: Issuer, http: httpx.AsyncClient, **options: Any) -> OidcVerifier:
-    return OidcVerifier(issuer.url, AUDIENCE, AUDIENCE, (PARTY,), http, **options)
+    return OidcVerifier(trusted(issuer.url), http, **options)
+
+
+def trusted(url: str, **more: Any) -> TrustedIssuer:
+    fields = {"audience": AUDIENCE, "client_id": AUDIENCE, "authorized_parties": (PARTY,)}
+    return TrustedIssuer(url=url, **(fields | more))
 
 
 def good_claims(issuer: Issuer, **changes: Any) -> dict[str, Any]:
@@ -382,9 +388,8 @@ async def test_key_set_of_another_issuer_is_not_used(
     issuer: Issuer, http: httpx.AsyncClient
 ) -> None:
     elsewhere = f"{issuer.url}/.well-known/openid-configuration"
-    verifier = OidcVerifier(
-        "https://keycloak.example/realms/a", AUDIENCE, AUDIENCE, (), http, discovery_url=elsewhere
-    )
+    named = trusted("https://keycloak.example/realms/a", discovery_url=elsewhere)
+    verifier = OidcVerifier(named, http)
     with pytest.raises(IdentityUnavailable):
         await verifier.verify(sign(good_claims(issuer)))
     assert issuer.key_fetches == 0

@@ -21,6 +21,7 @@ from serve_app.cli.app import app as command_line
 from serve_app.completions.kinds import ENDPOINTS
 from serve_app.config import GatewayConfig, LimitPolicy, ModelEntry
 from serve_app.http_app import create_app
+from serve_app.identity.issuers_file import FurtherIssuer
 from serve_app.settings import GROUPS
 from serve_app.stack import nginx
 
@@ -115,6 +116,10 @@ def _parsed_default(value: ast.expr | None) -> object:
 @pytest.mark.parametrize("group", GROUPS.values(), ids=lambda group: group.__name__)
 def test_every_environment_setting_is_documented(group: type[BaseModel]) -> None:
     assert section(group.__name__) == fields_of(group)
+
+
+def test_every_setting_of_a_further_issuer_is_documented() -> None:
+    assert section("FurtherIssuer") == fields_of(FurtherIssuer)
 
 
 def models_within(model: type[BaseModel]) -> list[type[BaseModel]]:

@@ -79,8 +79,10 @@ async def test_tokens_go_to_the_issuer_that_is_away() -> None:
     settings = load_settings(AWAY | {"COMP_AI_OIDC_ISSUER": "http://issuer.test"})
     authenticator = build_authenticator(settings, http=http)
     authenticator.start()
-    # {"alg":"ES256","typ":"JWT","kid":"k"}.{}.""
-    token = "eyJhbGciOiJFUzI1NiIsInR5cCI6IkpXVCIsImtpZCI6ImsifQ.e30."
+    # {"alg":"ES256","typ":"JWT","kid":"k"}.{"iss":"http://issuer.test"}.""
+    token = (
+        "eyJhbGciOiJFUzI1NiIsInR5cCI6IkpXVCIsImtpZCI6ImsifQ.eyJpc3MiOiJodHRwOi8vaXNzdWVyLnRlc3QifQ."
+    )
     with pytest.raises(IdentityUnavailable):
         await authenticator.authenticate(f"Bearer {token}")
     await authenticator.close()

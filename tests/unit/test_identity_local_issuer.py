@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from serve_app.errors import AuthenticationFailed, ConfigError, IdentityUnavailable
+from serve_app.identity.claims import TrustedIssuer
 from serve_app.identity.local_issuer import (
     IssuerConfig,
     create_issuer,
@@ -48,7 +49,10 @@ def credentials(folder: Path) -> tuple[str, str]:
 
 def verifier(http: httpx.AsyncClient) -> OidcVerifier:
     audience = "comp-ai-service"
-    return OidcVerifier(URL, audience, audience, (audience,), http)
+    trusted = TrustedIssuer(
+        url=URL, audience=audience, client_id=audience, authorized_parties=(audience,)
+    )
+    return OidcVerifier(trusted, http)
 
 
 async def test_fetched_token_is_good(http: httpx.AsyncClient, credentials: tuple[str, str]) -> None:

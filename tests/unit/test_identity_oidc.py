@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -13,13 +14,19 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from serve_app.errors import AuthenticationFailed, IdentityUnavailable
-from serve_app.identity.jwks import parse_jwks
-from serve_app.identity.oidc import OidcVerifier, to_principal
-from serve_app.identity.principal import Permission
+from serve_app.identity.claims import TrustedIssuer, to_principal
+from serve_app.identity.jwks import KeyPolicy, parse_jwks
+from serve_app.identity.oidc import OidcVerifier, TokenVerifier
+from serve_app.identity.principal import Permission, Principal
 from serve_app.identity.signing_key import SigningKey
 from serve_app.records import PrincipalKind
 
 ISSUER = "https://issuer.test/realms/a"
+TRUSTED = TrustedIssuer(url=ISSUER, audience="api", client_id="us")
+
+
+def principal_of(claims: dict[str, Any], **issuer: Any) -> Principal:
+    return to_principal({"sub": "s"} | claims, replace(TRUSTED, **issuer))
 
 
 @pytest.mark.parametrize(
@@ -38,22 +45,20 @@ ISSUER = "https://issuer.test/realms/a"
     ],
 )
 def test_roles_become_permissions(claims: dict[str, Any], permissions: set[Permission]) -> None:
-    assert to_principal({"sub": "s"} | claims, "us").permissions == permissions
+    assert principal_of(claims).permissions == permissions
 
 
 def test_groups_and_client_are_kept() -> None:
-    principal = to_principal(
-        {"sub": "s", "groups": ["/platform/team-a", "ops", 5], "azp": "web"}, "us"
-    )
+    principal = principal_of({"groups": ["/platform/team-a", "ops", 5], "azp": "web"})
     assert principal.groups == {"platform/team-a", "ops"}
     assert principal.client_id == "web"
-    assert to_principal({"sub": "s", "groups": {"a": 1}, "azp": ["web"]}, "us").client_id is None
+    assert principal_of({"groups": {"a": 1}, "azp": ["web"]}).client_id is None
 
 
 def test_model_roles_restrict_models() -> None:
     roles = ["comp-ai:user", "comp-ai:model:small", "comp-ai:model:org/large"]
-    assert to_principal({"sub": "s", "roles": roles}, "us").models == {"small", "org/large"}
-    assert to_principal({"sub": "s", "roles": ["comp-ai:user"]}, "us").models is None
+    assert principal_of({"roles": roles}).models == {"small", "org/large"}
+    assert principal_of({"roles": ["comp-ai:user"]}).models is None
 
 
 @pytest.mark.parametrize(
@@ -68,7 +73,7 @@ def test_model_roles_restrict_models() -> None:
     ],
 )
 def test_kind_of_principal(claims: dict[str, Any], kind: PrincipalKind) -> None:
-    assert to_principal(claims, "us").kind is kind
+    assert principal_of(claims).kind is kind
 
 
 def rsa_jwk(bits: int) -> dict[str, Any]:
@@ -120,7 +125,8 @@ def test_no_key_set(document: dict[str, Any]) -> None:
 class Issuer:
     """The issuer at the transport's seam."""
 
-    def __init__(self) -> None:
+    def __init__(self, url: str = ISSUER) -> None:
+        self.url = url
         self.key = SigningKey.generate()
         self.keys: Any = [self.key.to_jwk()]
         self.fetches = 0
@@ -129,12 +135,13 @@ class Issuer:
         return httpx.AsyncClient(transport=httpx.MockTransport(self._answer))
 
     def token(self, **changes: Any) -> str:
-        claims = {"iss": ISSUER, "aud": "api", "sub": "s", "exp": time.time() + 300}
-        return self.key.sign(claims | changes)
+        claims = {"iss": self.url, "aud": "api", "sub": "s", "exp": time.time() + 300}
+        claims |= changes
+        return self.key.sign({name: value for name, value in claims.items() if value is not None})
 
     def _answer(self, request: httpx.Request) -> httpx.Response:
         if request.url.path.endswith("/.well-known/openid-configuration"):
-            return httpx.Response(200, json={"issuer": ISSUER, "jwks_uri": f"{ISSUER}/certs"})
+            return httpx.Response(200, json={"issuer": self.url, "jwks_uri": f"{self.url}/certs"})
         self.fetches += 1
         return httpx.Response(200, json={"keys": self.keys})
 
@@ -142,7 +149,7 @@ class Issuer:
 async def test_cached_token_is_looked_at_again_after_a_minute() -> None:
     issuer, seconds = Issuer(), 0.0
     async with issuer.http() as http:
-        verifier = OidcVerifier(ISSUER, "api", "api", (), http, clock=lambda: seconds)
+        verifier = OidcVerifier(TRUSTED, http, clock=lambda: seconds)
         token = issuer.token()
         first = await verifier.verify(token)
         assert await verifier.verify(token) is first
@@ -153,7 +160,7 @@ async def test_cached_token_is_looked_at_again_after_a_minute() -> None:
 async def test_token_of_a_removed_key_is_refused() -> None:
     issuer, seconds = Issuer(), 0.0
     async with issuer.http() as http:
-        verifier = OidcVerifier(ISSUER, "api", "api", (), http, clock=lambda: seconds)
+        verifier = OidcVerifier(TRUSTED, http, clock=lambda: seconds)
         token = issuer.token()
         await verifier.verify(token)
         issuer.keys = [SigningKey.generate().to_jwk()]
@@ -168,7 +175,7 @@ async def test_token_of_a_removed_key_is_refused() -> None:
 async def test_an_empty_key_set_does_not_replace_a_good_one() -> None:
     issuer, seconds = Issuer(), 0.0
     async with issuer.http() as http:
-        verifier = OidcVerifier(ISSUER, "api", "api", (), http, clock=lambda: seconds)
+        verifier = OidcVerifier(TRUSTED, http, clock=lambda: seconds)
         await verifier.verify(issuer.token())
         issuer.keys, seconds = [], 61.0
         with pytest.raises(IdentityUnavailable):
@@ -179,17 +186,130 @@ async def test_an_empty_key_set_does_not_replace_a_good_one() -> None:
 async def test_cache_is_bounded() -> None:
     issuer = Issuer()
     async with issuer.http() as http:
-        verifier = OidcVerifier(ISSUER, "api", "api", (), http, cache_size=2)
+        verifier = OidcVerifier(TRUSTED, http, cache_size=2)
         tokens = [issuer.token(jti=str(number)) for number in range(3)]
         principals = [await verifier.verify(token) for token in tokens]
         assert await verifier.verify(tokens[2]) is principals[2]
         assert await verifier.verify(tokens[0]) is not principals[0]
 
 
+async def test_new_key_is_found_though_made_up_ones_were_just_looked_for() -> None:
+    issuer = Issuer()
+    async with issuer.http() as http:
+        policy = KeyPolicy(unknown_key_s=0.1)
+        verifier = OidcVerifier(TRUSTED, http, key_policy=policy)
+        await verifier.verify(issuer.token())
+        with pytest.raises(AuthenticationFailed):
+            await verifier.verify(SigningKey.generate().sign({"sub": "x"}))
+        issuer.key = SigningKey.generate()
+        issuer.keys.append(issuer.key.to_jwk())
+        fetches = issuer.fetches
+        tokens = [issuer.token(jti=str(number)) for number in range(300)]
+        principals = await asyncio.gather(*map(verifier.verify, tokens))
+        assert {principal.id for principal in principals} == {"s"}
+        assert issuer.fetches == fetches + 1
+        await verifier.close()
+
+
+async def test_made_up_keys_do_not_pile_up() -> None:
+    issuer = Issuer()
+    async with issuer.http() as http:
+        verifier = OidcVerifier(TRUSTED, http, key_policy=KeyPolicy(unknown_key_s=3600))
+        await verifier.verify(issuer.token())
+        made_up = [SigningKey.generate().sign({"sub": "x"}) for _ in range(102)]
+        asking = [asyncio.create_task(verifier.verify(token)) for token in made_up]
+        done, waiting = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+        assert len(waiting) == 100
+        for task in done:
+            assert isinstance(task.exception(), IdentityUnavailable)
+        for task in asking:
+            task.cancel()
+        await verifier.close()
+
+
+async def test_key_that_was_looked_for_in_vain_does_not_wait_again() -> None:
+    issuer = Issuer()
+    async with issuer.http() as http:
+        verifier = OidcVerifier(TRUSTED, http, key_policy=KeyPolicy(unknown_key_s=3600))
+        made_up = SigningKey.generate().sign({"sub": "x"})
+        for _ in range(3):
+            with pytest.raises(AuthenticationFailed, match="does not publish"):
+                await verifier.verify(made_up)
+        assert issuer.fetches == 1
+
+
+async def test_cached_key_does_not_wait_for_made_up_ones() -> None:
+    issuer = Issuer()
+    async with issuer.http() as http:
+        verifier = OidcVerifier(TRUSTED, http, key_policy=KeyPolicy(unknown_key_s=3600))
+        await verifier.verify(issuer.token())
+        waiter = asyncio.create_task(verifier.verify(SigningKey.generate().sign({"sub": "x"})))
+        await asyncio.sleep(0)
+        assert (await verifier.verify(issuer.token(jti="2"))).id == "s"
+        assert not waiter.done()
+        waiter.cancel()
+        await verifier.close()
+
+
+def test_what_a_further_issuer_names_is_its_own() -> None:
+    claims = {
+        "azp": "web",
+        "groups": ["/admins"],
+        "realm_access": {"roles": ["comp-ai:user", "comp-ai:admin", "comp-ai:model:a", "boss"]},
+    }
+    principal = principal_of(claims, name="partner", permissions=frozenset({Permission.USER}))
+    assert (principal.id, principal.client_id) == ("partner:s", "partner:web")
+    assert principal.permissions == {Permission.USER}
+    assert principal.groups == {"partner:admins"}
+    assert principal.models == {"a"}
+    assert principal.roles == {
+        "comp-ai:user",
+        "comp-ai:model:a",
+        "partner:comp-ai:admin",
+        "partner:boss",
+    }
+
+
+def test_name_and_subject_fit_the_database_together() -> None:
+    assert len(principal_of({"sub": "s" * 255}).id) == 255
+    assert len(principal_of({"sub": "s" * 253}, name="p").id) == 255
+    with pytest.raises(AuthenticationFailed):
+        principal_of({"sub": "s" * 254}, name="p")
+
+
+async def test_issuer_is_chosen_by_the_claim_and_checked_by_its_own_keys() -> None:
+    first, partner = Issuer(), Issuer("https://partner.test")
+    async with first.http() as http, partner.http() as partner_http:
+        trusted = TrustedIssuer(url=partner.url, audience="api", client_id="us", name="partner")
+        policy = KeyPolicy(unknown_key_s=0.01)
+        verifier = OidcVerifier(TRUSTED, http, key_policy=policy)
+        tokens = TokenVerifier([verifier, OidcVerifier(trusted, partner_http)])
+        assert (await tokens.verify(first.token())).id == "s"
+        assert (await tokens.verify(partner.token())).id == "partner:s"
+        # A key of one issuer is none of the other's.
+        forged = partner.key.sign({"iss": ISSUER, "aud": "api", "sub": "s", "exp": 2**40})
+        for token in (forged, first.token(iss="https://third.test"), first.token(iss=None)):
+            with pytest.raises(AuthenticationFailed):
+                await tokens.verify(token)
+        # Nor may a subject of the first issuer stand for one of the other.
+        with pytest.raises(AuthenticationFailed, match="sub"):
+            await tokens.verify(first.token(sub="partner:s"))
+        await tokens.close()
+
+
+async def test_token_of_a_stranger_makes_nobody_fetch() -> None:
+    issuer = Issuer()
+    async with issuer.http() as http:
+        tokens = TokenVerifier([OidcVerifier(TRUSTED, http)])
+        with pytest.raises(AuthenticationFailed, match="another issuer"):
+            await tokens.verify(issuer.token(iss="https://third.test"))
+        assert issuer.fetches == 0
+
+
 async def test_client_that_leaves_does_not_stop_the_fetch() -> None:
     issuer = Issuer()
     async with issuer.http() as http:
-        verifier = OidcVerifier(ISSUER, "api", "api", (), http)
+        verifier = OidcVerifier(TRUSTED, http)
         leaver = asyncio.create_task(verifier.verify(issuer.token()))
         stayer = asyncio.create_task(verifier.verify(issuer.token(jti="2")))
         await asyncio.sleep(0)
