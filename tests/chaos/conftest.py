@@ -6,11 +6,20 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.serve_configs import suite_config
+from tests.serve_configs import add_fake, suite_config
 from tests.stack_runner import RunningStack, running_stack
+
+PAIR = "pair"
+FLOOD = "flood"
+WRITE_TIMEOUT_S = 4
 
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[RunningStack]:
-    with running_stack(suite_config(real_model=False, gateways=2)) as running:
+    config = suite_config(real_model=False, gateways=2)
+    add_fake(config, PAIR, replicas=2)
+    add_fake(config, FLOOD, replicas=1, time_to_first_token_s=0, time_per_token_s=0)
+    policy = config["applications"][0]["deployments"][0]["user_config"]
+    policy["client_write_timeout_s"] = WRITE_TIMEOUT_S
+    with running_stack(config) as running:
         yield running

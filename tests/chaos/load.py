@@ -32,9 +32,18 @@ class Seen:
 class Load:
     """Clients that ask without pause until they are told to stop."""
 
-    def __init__(self, url: str, headers: dict[str, str]) -> None:
+    def __init__(
+        self,
+        url: str,
+        headers: dict[str, str],
+        *,
+        model: str = FAKE_MODEL,
+        streams: bool = True,
+    ) -> None:
         self._url = url
         self._headers = headers
+        self._model = model
+        self._streams = streams
         self._stop = asyncio.Event()
         self.seen = Seen()
 
@@ -60,7 +69,9 @@ class Load:
         while not self._stop.is_set():
             request_id = uuid.uuid4().hex
             try:
-                trouble = await self._ask(http, request_id, stream=number % 2 == 0)
+                trouble = await self._ask(
+                    http, request_id, stream=self._streams and number % 2 == 0
+                )
             except httpx.HTTPError as error:
                 trouble = type(error).__name__
             if trouble is None:
@@ -73,7 +84,7 @@ class Load:
     async def _ask(self, http: httpx.AsyncClient, request_id: str, *, stream: bool) -> str | None:
         """Return None where a complete answer came, else what came instead."""
         body = {
-            "model": FAKE_MODEL,
+            "model": self._model,
             "messages": [{"role": "user", "content": "Hello"}],
             "max_tokens": _TOKENS,
             "stream": stream,
