@@ -140,6 +140,39 @@ async def _some_load(stack: RunningStack) -> Seen:
     return load.seen
 
 
+def test_key_of_a_killed_gateway_is_free_again(stack: RunningStack) -> None:
+    body = {
+        "model": FAKE_MODEL,
+        "messages": [{"role": "user", "content": "long"}],
+        "max_tokens": 1000,
+        "stream": True,
+    }
+    url, headers = f"{stack.url}/v1/chat/completions", stack.bootstrap | {"Idempotency-Key": "k"}
+    with httpx.stream("POST", url, headers=headers, json=body, timeout=60) as response:
+        assert response.status_code == 200, response.read()
+        # Held on to: the connection closes with the iterator, and that frees the key at once.
+        parts = response.iter_raw()
+        next(parts)
+        for replica in stack.replicas("Gateway"):
+            replica.kill()
+    [row] = stack.rows("select state from comp_ai.idempotency_keys where key = 'k'")
+    assert row["state"] == "claimed"
+    wait_until(stack.ready, "ready again", 60)
+    seen: list[httpx.Response] = []
+
+    def answered() -> bool:
+        seen.append(httpx.post(url, headers=headers, json=body, timeout=60))
+        return seen[-1].status_code == 200
+
+    wait_until(answered, "the claim has ended", 60)
+    # None, where the gateways took longer to come back than the claim to end.
+    assert {answer.json()["error"]["code"] for answer in seen[:-1]} <= {"idempotency_key_in_use"}
+    assert seen[-1].text.endswith("data: [DONE]\n\n")
+    assert "idempotent-replayed" not in seen[-1].headers
+    again = httpx.post(url, headers=headers, json=body, timeout=60)
+    assert (again.content, again.headers["idempotent-replayed"]) == (seen[-1].content, "true")
+
+
 def test_leases_and_reservations_do_not_outlive_a_killed_gateway(stack: RunningStack) -> None:
     with httpx.stream(
         "POST",
