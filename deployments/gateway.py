@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from deployments.flags import check_flags
 from deployments.limits import Limits
 from deployments.metrics import RayBatchMetrics, RayGatewayMetrics
 from deployments.request_log import RequestLog, RequestLogOptions
@@ -73,6 +75,7 @@ class Gateway:
         self, limits: DeploymentHandle, request_log: DeploymentHandle
     ) -> None:
         log_as_json(sys.stdout)
+        check_flags(os.environ)
         settings = load_settings()
         self._authenticator = build_authenticator(settings)
         self._authenticator.start()

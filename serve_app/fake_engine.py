@@ -29,12 +29,13 @@ _DEFAULT_TOKENS = 16
 
 
 class FakeEngineConfig(BaseModel):
-    """How fast the fake engine answers."""
+    """How fast the fake engine answers, and how much."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     time_to_first_token_s: float = Field(default=0.02, ge=0)
     time_per_token_s: float = Field(default=0.005, ge=0)
+    word_chars: int = Field(default=0, ge=0, description="Words are made as long as this.")
 
 
 class ConnectionDropped(Exception):
@@ -190,7 +191,7 @@ class FakeEngine:
                 due += self._config.time_per_token_s
                 self._prompt_tokens += prompt_tokens if index == 0 else 0
                 self._completion_tokens += 1
-                yield f"w{index} "
+                yield f"w{index} ".ljust(self._config.word_chars, "x")
         finally:
             del self._aborted[request_id]
 

@@ -8,6 +8,7 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+import grpc
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
@@ -46,6 +47,10 @@ async def until_answered(
         except RayTaskError as error:
             logger.error("call failed: %s", type(error.cause).__name__)
             raise unavailable() from None
+        except grpc.RpcError as error:
+            # Ray makes errors of its own of those that another try can help.
+            logger.error("call failed: %s", type(error).__name__)
+            raise unavailable() from None
         except (RayError, RayServeException) as error:
             logger.warning("replica lost, trying again: %s", type(error).__name__)
         await asyncio.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311
@@ -57,6 +62,6 @@ async def answers(call: Any, timeout_s: float = 5.0) -> bool:
     try:
         async with asyncio.timeout(timeout_s):
             await call
-    except (RayError, RayServeException, TimeoutError):
+    except (RayError, RayServeException, grpc.RpcError, TimeoutError):
         return False
     return True

@@ -82,7 +82,12 @@ class RayHead:
             # When the head is told to stop, the applications are drained and gone.
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             # More than twice the leases a second, at half the gateway's CPU time.
-            "RAY_SERVE_USE_GRPC_BY_DEFAULT": env.get("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1"),
+            "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+            # With a loop of its own for the router, Serve's proxy takes whatever an answer has,
+            # and keeps it: a client that does not read would not hold anything back.
+            "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+            # Its default of 4 MiB would lose long answers, and the records of them.
+            "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
             # What Serve answers by itself comes in OpenAI's form, too.
             "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy:middlewares",
             # Ray's workers are the service here: at its default, 15, every other process of

@@ -18,7 +18,8 @@ WRITE_TIMEOUT_S = 4
 def stack() -> Iterator[RunningStack]:
     config = suite_config(real_model=False, gateways=2)
     add_fake(config, PAIR, replicas=2)
-    add_fake(config, FLOOD, replicas=1, time_to_first_token_s=0, time_per_token_s=0)
+    # Long words, to fill the buffers on the way, some ten megabytes, with fewer frames.
+    add_fake(config, FLOOD, replicas=1, time_to_first_token_s=0, time_per_token_s=0, word_chars=300)
     policy = config["applications"][0]["deployments"][0]["user_config"]
     policy["client_write_timeout_s"] = WRITE_TIMEOUT_S
     with running_stack(config) as running:

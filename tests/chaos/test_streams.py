@@ -93,7 +93,7 @@ def test_client_that_does_not_read_is_cut_off_and_costs_little_memory(
     stack: RunningStack,
 ) -> None:
     wait_until(stack.ready, "ready", 60)
-    clients = 4
+    clients = 3
     before = _memory_bytes(stack)
     connections = [_not_reading(stack, f"slow-{number}") for number in range(clients)]
     most = dict(before)
@@ -153,3 +153,27 @@ def test_lost_gateway_is_told_in_the_openai_form(stack: RunningStack) -> None:
         assert len(answer.headers.get_list("x-request-id")) == 1
         assert len(answer.headers.get_list("server-timing")) == 1
     wait_until(stack.ready, "ready again", 60)
+
+
+def test_long_answer_is_served_and_recorded_whole(stack: RunningStack) -> None:
+    wait_until(stack.ready, "ready", 60)
+    words = 20_000
+    body = {"model": FLOOD, "messages": [{"role": "user", "content": "x"}], "max_tokens": words}
+    for stream in (False, True):
+        answer = httpx.post(
+            f"{stack.url}/v1/chat/completions",
+            headers=stack.bootstrap,
+            json=body | {"stream": stream},
+            timeout=60,
+        )
+        assert answer.status_code == 200, answer.text[:200]
+        assert len(answer.content) > words * 300
+        [row] = stack.settled_rows(
+            "select r.outcome, r.completion_tokens, length(b.response_text) as chars "
+            "from comp_ai.requests r join comp_ai.request_bodies b on b.id = r.id "
+            "where r.request_id = $1",
+            1,
+            answer.headers["x-request-id"],
+        )
+        assert (row["outcome"], row["completion_tokens"]) == ("completed", words)
+        assert row["chars"] == words * 300

@@ -16,6 +16,7 @@ import httpx
 import orjson
 import pytest
 
+from deployments.flags import check_flags
 from serve_app.errors import ConfigError
 from serve_app.settings import load_settings
 from serve_app.stack.home import AlreadyRunning, Home
@@ -156,8 +157,19 @@ def test_the_ray_environment_has_the_token_and_no_other_cluster(tmp_path: Path) 
     assert env["RAY_AUTH_MODE"] == "token"
     assert env["RAY_AUTH_TOKEN_PATH"] == str(head.home.ray_token)
     assert env["VLLM_CPU_KVCACHE_SPACE"] == "4"
-    assert env["RAY_SERVE_USE_GRPC_BY_DEFAULT"] == "1"
+    check_flags(env)
     assert env["PYTHONPATH"].startswith("/project")
+
+
+def test_flags_that_ray_lacks_are_named(tmp_path: Path) -> None:
+    env = _ray(tmp_path).environment({})
+    for name in (
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP",
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH",
+    ):
+        with pytest.raises(ConfigError, match=f"{name} is None; allowed: {env[name]}"):
+            check_flags({key: value for key, value in env.items() if key != name})
 
 
 def test_the_config_gets_our_port(tmp_path: Path) -> None:
