@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import OpenAI
@@ -169,3 +170,13 @@ def test_the_log_keeps_what_was_asked_and_answered(stack: RunningStack) -> None:
 def test_models_are_listed(client: OpenAI) -> None:
     assert REAL_MODEL in [model.id for model in client.models.list()]
     assert client.models.retrieve(REAL_MODEL).id == REAL_MODEL
+
+
+def test_text_becomes_tokens_and_text_again(client: OpenAI) -> None:
+    text = "Paris is the capital of France."
+    made: Any = client.post("/tokenize", body={"model": REAL_MODEL, "prompt": text}, cast_to=object)
+    assert made["count"] == len(made["tokens"]) > 1
+    back: Any = client.post(
+        "/detokenize", body={"model": REAL_MODEL, "tokens": made["tokens"]}, cast_to=object
+    )
+    assert back["prompt"] == text
