@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ray import serve
 
-from serve_app.contracts import Allowance, ReservationRequest
+from serve_app.contracts import Allowance, LimitState, Reservation, Scope, Settlement
 from serve_app.limits.book import LimitBook
 
 
@@ -23,17 +23,27 @@ class Limits:
     """A LimitBook behind Serve. Every method is one step without waiting, so calls are atomic."""
 
     def __init__(self) -> None:
-        self._book = LimitBook(time.monotonic)
+        self._book = LimitBook(time.monotonic, time.time)
 
-    async def reserve(self, request: ReservationRequest) -> Allowance:
+    async def reserve(self, reservation: Reservation) -> Allowance:
         """See `LimitBook.reserve`."""
-        return self._book.reserve(request)
+        return self._book.reserve(reservation)
 
-    async def settle(self, reservation_id: uuid.UUID) -> None:
+    async def settle(self, settlement: Settlement) -> None:
         """See `LimitBook.settle`."""
-        self._book.settle(reservation_id)
+        self._book.settle(settlement)
 
-    async def renew(self, held: Sequence[tuple[uuid.UUID, str]]) -> None:
+    async def renew(self, held: Sequence[uuid.UUID]) -> list[uuid.UUID]:
         """See `LimitBook.renew`; also drops what has expired."""
-        self._book.renew(held)
+        unknown = self._book.renew(held)
         self._book.sweep()
+        return unknown
+
+    async def adopt(self, reservations: Sequence[Settlement]) -> None:
+        """See `LimitBook.adopt`."""
+        for one in reservations:
+            self._book.adopt(one.id, one.accounts, one.spent)
+
+    async def standing(self, scopes: Sequence[Scope]) -> list[LimitState]:
+        """See `LimitBook.standing`."""
+        return self._book.standing(scopes)

@@ -9,12 +9,19 @@ from collections.abc import Mapping
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from serve_app.errors import ModelNotReady, ModelOverloaded, RateLimited
+from serve_app.errors import (
+    ModelNotReady,
+    ModelOverloaded,
+    OverLimit,
+    QuotaExceeded,
+    RateLimited,
+)
 from serve_app.records import RequestRecord
 
 _DURATIONS_S = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600]
 _STEPS_S = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30]
 _LABELS = ("route", "model")
+_LIMIT_REFUSALS = (RateLimited.code, QuotaExceeded.code, OverLimit.code)
 _QUEUE_REFUSALS = (ModelOverloaded.code, ModelNotReady.code)
 
 
@@ -66,7 +73,7 @@ class RayGatewayMetrics:
         for field, histogram in self._steps_s.items():
             if (milliseconds := getattr(record, field)) is not None:
                 histogram.observe(milliseconds / 1000, labels)
-        if record.error_code == RateLimited.code:
+        if record.error_code in _LIMIT_REFUSALS:
             self._refused.inc(1, labels)
         if record.error_code in _QUEUE_REFUSALS:
             self._queue_refused.inc(1, labels | {"code": record.error_code})

@@ -6,7 +6,9 @@ The gateway's part stands in `user_config`, so that Serve changes it in place.
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterator
+from decimal import Decimal
 from typing import Annotated, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -50,30 +52,100 @@ class Task(enum.StrEnum):
     SCORE = "score"
 
 
+Money = Annotated[Decimal, Field(gt=0, le=1_000_000_000, decimal_places=6)]
+Price = Annotated[Decimal, Field(ge=0, le=1_000_000, decimal_places=6)]
+_Tokens = Annotated[int, Field(ge=1, le=10**15)]
+
+
 class LimitPolicy(_Config):
-    """What one principal may use. None is no limit."""
+    """How much may be used. None is no limit. Days and months are those of UTC."""
 
     requests_per_minute: int | None = Field(
         default=None, ge=1, le=1_000_000, description="Requests granted in any 60 s."
     )
+    tokens_per_minute: _Tokens | None = Field(
+        default=None, description="Prompt and completion tokens used in any 60 s."
+    )
     concurrency: int | None = Field(
         default=None, ge=1, le=100_000, description="Requests under way at once."
+    )
+    tokens_per_day: _Tokens | None = Field(
+        default=None, description="Prompt and completion tokens used in a day."
+    )
+    tokens_per_month: _Tokens | None = Field(
+        default=None, description="Prompt and completion tokens used in a month."
+    )
+    cost_per_day: Money | None = Field(
+        default=None, description="Money used in a day, by the prices of the models."
+    )
+    cost_per_month: Money | None = Field(
+        default=None, description="Money used in a month, by the prices of the models."
+    )
+
+    @property
+    def counts_money(self) -> bool:
+        """Whether one of the limits is of money."""
+        return self.cost_per_day is not None or self.cost_per_month is not None
+
+
+class Members(enum.StrEnum):
+    """For whom the policy of a group or role holds."""
+
+    TOGETHER = "together"
+    EACH = "each"
+
+
+class MembersPolicy(LimitPolicy):
+    """How much those of one group or role may use."""
+
+    members: Members = Field(
+        description="together: what all of them use is added up. each: every principal of it "
+        "has the limits for itself."
     )
 
 
 class LimitsConfig(_Config):
-    """Limits by principal; the entry of the principal wins over the default."""
+    """Limits by principal, group, role and over all. Whatever applies must grant."""
 
+    currency: str | None = Field(
+        default=None,
+        pattern=r"^[A-Z]{3}$",
+        description="Currency of every price and budget, such as EUR.",
+    )
+    everyone: LimitPolicy = Field(
+        default=LimitPolicy(), description="Policy of all principals together."
+    )
     default: LimitPolicy = Field(
         default=LimitPolicy(), description="Policy of a principal that is not named below."
     )
     principals: dict[str, LimitPolicy] = Field(
         default_factory=dict, description="Policy by principal id."
     )
+    groups: dict[str, MembersPolicy] = Field(
+        default_factory=dict, description="Policy by group, without a leading slash."
+    )
+    roles: dict[str, MembersPolicy] = Field(
+        default_factory=dict, description="Policy by role, as the issuer names it."
+    )
 
     def policy_of(self, principal_id: str) -> LimitPolicy:
-        """Return the policy that holds for `principal_id`."""
+        """Return the policy that holds for `principal_id` itself."""
         return self.principals.get(principal_id, self.default)
+
+    def policies(self) -> Iterator[tuple[str, LimitPolicy]]:
+        """Yield every policy, with its place."""
+        yield "everyone", self.everyone
+        yield "default", self.default
+        for place in ("principals", "groups", "roles"):
+            for name, policy in getattr(self, place).items():
+                yield f"{place}.{name}", policy
+
+    @model_validator(mode="after")
+    def _money_has_a_currency(self) -> Self:
+        for place, policy in self.policies():
+            if policy.counts_money and self.currency is None:
+                raise _WrongSetting("currency", None, f"a currency, as {place} counts money")
+        return self
 
 
 class Standing(_Config):
@@ -180,11 +252,41 @@ class ModelEntry(_Config):
         gt=0,
         description="Time that a replica takes to start, until one start was measured.",
     )
+    context_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens of prompt and completion together (the engine's "
+        "`max_model_len`). Bounds what a request reserves of the limits.",
+    )
+    template_tokens: int = Field(
+        default=256,
+        ge=0,
+        description="Most tokens that the chat template adds to what a request says.",
+    )
+    price_per_million_prompt_tokens: Price | None = Field(
+        default=None, description="In the currency of the limits; nothing where not set."
+    )
+    price_per_million_completion_tokens: Price | None = Field(
+        default=None, description="In the currency of the limits; nothing where not set."
+    )
     priority: bool = Field(
         default=False,
         description="The engine schedules by priority (`scheduling_policy: priority`), so "
         "requests carry theirs to it.",
     )
+
+    @property
+    def has_price(self) -> bool:
+        """Whether its tokens cost something."""
+        prices = (self.price_per_million_prompt_tokens, self.price_per_million_completion_tokens)
+        return any(prices)
+
+    def cost_micros(self, prompt_tokens: int, completion_tokens: int) -> int:
+        """Return what the tokens cost, in millionths of the currency, rounded up."""
+        # A price for a million tokens is a number of millionths for one token.
+        cost = prompt_tokens * (self.price_per_million_prompt_tokens or 0)
+        cost += completion_tokens * (self.price_per_million_completion_tokens or 0)
+        return math.ceil(cost)
 
 
 class Caps(_Config):
@@ -292,7 +394,9 @@ class GatewayConfig(_Config):
         description="Let the engine fetch pictures, sound and film from addresses that a "
         "request names.",
     )
-    limits: LimitsConfig = Field(default=LimitsConfig(), description="Limits by principal.")
+    limits: LimitsConfig = Field(
+        default=LimitsConfig(), description="How much may be used, and by whom."
+    )
     standings: StandingConfig = Field(
         default=StandingConfig(), description="Priority and share by role."
     )
@@ -353,6 +457,14 @@ class GatewayConfig(_Config):
             raise _WrongSetting("default_model", self.default_model, "the name of a model")
         return self
 
+    @model_validator(mode="after")
+    def _prices_have_a_currency(self) -> Self:
+        for index, model in enumerate(self.models):
+            if model.has_price and self.limits.currency is None:
+                allowed = f"a currency, as models.{index} has a price"
+                raise _WrongSetting("limits.currency", None, allowed)
+        return self
+
     def model(self, name: str) -> ModelEntry | None:
         """Return the entry of the model that is called `name` or has it as an alias, or None."""
         return next((m for m in self.models if name == m.name or name in m.aliases), None)
@@ -384,7 +496,7 @@ def parse_config(kind: type[_Model], raw: object, where: str) -> _Model:
     except ValidationError as error:
         first = error.errors()[0]
         if isinstance(wrong := first.get("ctx", {}).get("error"), _WrongSetting):
-            setting = f"{where}.{wrong.setting}"
+            setting = ".".join(str(part) for part in (where, *first["loc"], wrong.setting))
             raise ConfigError(setting, wrong.value, wrong.allowed) from None
         path = ".".join(str(part) for part in (where, *first["loc"]))
         raise ConfigError(path, first["input"], first["msg"]) from None

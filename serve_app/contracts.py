@@ -8,11 +8,13 @@ from __future__ import annotations
 import enum
 import math
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Protocol
 
-from serve_app.config import LimitPolicy, ModelEntry, Standing
-from serve_app.errors import RateLimited
+from serve_app.config import ModelEntry, Standing
+from serve_app.errors import OverLimit, QuotaExceeded, RateLimited, RequestError
 from serve_app.records import RequestRecord
 
 
@@ -28,28 +30,140 @@ class RecordSink(Protocol):
         ...
 
 
+class Limit(enum.StrEnum):
+    """What can be limited; the value is the name of the setting."""
+
+    REQUESTS_PER_MINUTE = "requests_per_minute"
+    TOKENS_PER_MINUTE = "tokens_per_minute"
+    CONCURRENCY = "concurrency"
+    TOKENS_PER_DAY = "tokens_per_day"
+    TOKENS_PER_MONTH = "tokens_per_month"
+    COST_PER_DAY = "cost_per_day"
+    COST_PER_MONTH = "cost_per_month"
+
+    @property
+    def counts_money(self) -> bool:
+        """Whether its amounts are millionths of the currency."""
+        return self in (Limit.COST_PER_DAY, Limit.COST_PER_MONTH)
+
+    def amount(self, amount: int, currency: str | None) -> str:
+        """Return an amount of it for a reader: `12 tokens`, `0.5 EUR`."""
+        if self.counts_money:
+            return f"{Decimal(amount) / MICROS:f} {currency or ''}".rstrip()
+        what = "concurrent requests" if self is Limit.CONCURRENCY else self.split("_")[0]
+        return f"{amount} {what}"
+
+    @property
+    def period(self) -> str:
+        """For what time it holds, as it follows an amount: ` per day`, or nothing."""
+        _, per, time = self.partition("_per_")
+        return f" per {time}" if per else ""
+
+
+# Money is counted in millionths of the currency.
+MICROS = 1_000_000
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReservationRequest:
-    """What a request wants to take from its principal's limits."""
+class Scope:
+    """Something that is limited as one, with its limits as they are now. None is no limit.
+
+    `key` names its account; `label` stands in messages, after `for`. Money is in millionths.
+    """
+
+    key: str
+    label: str
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrency: int | None = None
+    tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
+    cost_per_day: int | None = None
+    cost_per_month: int | None = None
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether it is limited by the day or by the month."""
+        budgets = (
+            self.tokens_per_day,
+            self.tokens_per_month,
+            self.cost_per_day,
+            self.cost_per_month,
+        )
+        return any(budget is not None for budget in budgets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """Tokens, and what they cost in millionths of the currency."""
+
+    tokens: int = 0
+    cost_micros: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """What one request may use at most, and whose limits it takes that from."""
 
     id: uuid.UUID
-    principal_id: str
-    policy: LimitPolicy
+    scopes: tuple[Scope, ...]
+    most: Spent = Spent()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """What the request of a reservation did use, and the keys of the accounts that bear it."""
+
+    id: uuid.UUID
+    accounts: tuple[str, ...]
+    spent: Spent
+
+
+class Reason(enum.StrEnum):
+    """Why a limit does not grant a request."""
+
+    # Later there is room.
+    BUSY = "busy"
+    # The budget is used up, as far as this request needs it.
+    SPENT = "spent"
+    # It is more than the limit allows at all.
+    TOO_LARGE = "too_large"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """Why a reservation was not granted."""
+    """Which limit of whom did not grant a reservation, and why.
 
-    limit: str
+    `asked` is what the reservation would take of it, `left` what it has.
+    """
+
+    reason: Reason
+    limit: Limit
+    label: str
     allowed: int
+    asked: int
+    left: int
     retry_after_s: float
 
-    def error(self) -> RateLimited:
-        """Return the error that the client gets."""
+    def error(self, currency: str | None) -> RequestError:
+        """Return the error that the client gets; money is in `currency`."""
+        allowed = self.limit.amount(self.allowed, currency) + self.limit.period
+        asked = self.limit.amount(self.asked, currency)
+        seconds = math.ceil(self.retry_after_s)
+        if self.reason is Reason.TOO_LARGE:
+            return OverLimit(
+                f"The request may take up to {asked}, which is more than the limit of {allowed} "
+                f"for {self.label}. Ask for fewer tokens or send less."
+            )
+        if self.reason is Reason.SPENT:
+            left = self.limit.amount(self.left, currency)
+            return QuotaExceeded(
+                f"Of the budget of {allowed} for {self.label}, {left} are left, and the request "
+                f"may take up to {asked}. The budget is renewed in {seconds} s.",
+                retry_after_s=self.retry_after_s,
+            )
         return RateLimited(
-            f"The limit of {self.allowed} {self.limit} is reached. "
-            f"Try again in {math.ceil(self.retry_after_s)} s.",
+            f"The limit of {allowed} for {self.label} is reached. Try again in {seconds} s.",
             retry_after_s=self.retry_after_s,
         )
 
@@ -64,31 +178,50 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Allowance:
-    """What became of a reservation, and how the principal's limits stand after it.
+class LimitState:
+    """One limit of one scope as it stands; money is in millionths of the currency.
 
-    `requests` is None where requests are not limited.
+    What requests under way have reserved is not left.
+    """
+
+    scope: str
+    limit: Limit
+    window: Window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allowance:
+    """What became of a reservation, and how the limits stand after it.
+
+    Of several scopes the window is told that has the least left; None where none is limited.
     """
 
     refusal: Refusal | None = None
     requests: Window | None = None
+    tokens: Window | None = None
 
 
 class LimitKeeper(Protocol):
     """The counters that hold across gateways."""
 
-    async def reserve(
-        self, reservation_id: uuid.UUID, principal_id: str, policy: LimitPolicy
-    ) -> Allowance:
-        """Take one request from the principal's limits, or say why not; safe to repeat.
+    async def reserve(self, reservation: Reservation) -> Allowance:
+        """Take what the request may use from every scope, or say why not; safe to repeat.
 
         Raises:
             LimitsUnavailable: the counters cannot be reached.
         """
         ...
 
-    async def settle(self, reservation_id: uuid.UUID) -> None:
-        """Give back what ends with the request; an unknown id is not an error."""
+    async def settle(self, reservation: Reservation, spent: Spent) -> None:
+        """Give back what was not used; for one that was not granted it changes nothing."""
+        ...
+
+    async def standing(self, scopes: Sequence[Scope]) -> list[LimitState]:
+        """Return every limit of `scopes` as it stands; takes nothing.
+
+        Raises:
+            LimitsUnavailable: the counters cannot be reached.
+        """
         ...
 
 

@@ -6,6 +6,7 @@
         ├── InvalidRequest       400
         │   ├── FileQuotaExceeded
         │   ├── MalformedBody
+        │   ├── OverLimit
         │   └── UnsupportedParameter
         ├── AuthenticationFailed 401
         ├── PermissionDenied     403
@@ -20,6 +21,7 @@
         ├── UnsupportedMediaType 415
         ├── IdempotencyMismatch  422
         ├── RateLimited          429
+        │   └── QuotaExceeded
         ├── ClientGone           499    recorded, never sent
         │   └── SlowClient
         ├── InternalError        500
@@ -133,6 +135,17 @@ class FileQuotaExceeded(InvalidRequest):
     code = "file_quota_exceeded"
     cause = "with this upload your files would hold more than `files.max_bytes_per_principal`"
     remedy = "delete files that you no longer need, results of old batches among them"
+
+
+class OverLimit(InvalidRequest):
+    """The request may take more than a limit allows at all. Ask for fewer tokens or send less."""
+
+    code = "request_over_limit"
+    cause = (
+        "what the request may take at most, [see there](architecture.md#what-a-request-reserves), "
+        "is more than the whole of a limit; waiting does not help"
+    )
+    remedy = "ask for fewer tokens (`max_tokens`, `n`), or send a shorter prompt"
 
 
 class UnsupportedParameter(InvalidRequest):
@@ -277,12 +290,25 @@ class RateLimited(RequestError):
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
-    cause = "a limit of the principal, or nginx's limit for one client address"
-    remedy = "wait for as long as `Retry-After` says"
-    retry_after = (
-        "requests a minute: until a place is free in the window; concurrency: until the oldest "
-        "request should end, as this principal's requests go"
+    cause = (
+        "a limit of yours, of your key, of a group or role, or of all together; or nginx's limit "
+        "for one client address"
     )
+    remedy = "wait for as long as `Retry-After` says"
+    retry_after: ClassVar[str | None] = (
+        "requests and tokens a minute: until there is room in the window; concurrency, and what "
+        "requests under way have reserved: until the oldest of them should end, as they go"
+    )
+
+
+class QuotaExceeded(RateLimited):
+    """A budget is used up. Ask the operator for more, or wait until it is renewed."""
+
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+    cause = "a budget of tokens or money for the day or the month has less left than it may take"
+    remedy = "ask for fewer tokens where some are left, or wait until the budget is renewed"
+    retry_after = "until the day or the month ends, in UTC"
 
 
 class ClientGone(RequestError):

@@ -5,13 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.seams.calls import answers, until_answered
-from serve_app.config import LimitPolicy
-from serve_app.contracts import Allowance, ReservationRequest
+from serve_app.contracts import (
+    Allowance,
+    LimitState,
+    Reservation,
+    Scope,
+    Settlement,
+    Spent,
+)
 from serve_app.errors import LimitsUnavailable
 
 logger = logging.getLogger(__name__)
@@ -19,6 +28,10 @@ logger = logging.getLogger(__name__)
 _RENEW_EVERY_S = 5.0
 _RESERVE_TIMEOUT_S = 10.0
 _SETTLE_TIMEOUT_S = 1.0
+# Told again at once after an outage; more come with the next renewals.
+_MOST_SETTLED_AT_ONCE = 1000
+
+Answer = TypeVar("Answer")
 
 
 class RayLimitKeeper:
@@ -26,7 +39,9 @@ class RayLimitKeeper:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
-        self._held: dict[uuid.UUID, str] = {}
+        self._held: dict[uuid.UUID, Settlement] = {}
+        # Settled here, and not yet known to be settled over there.
+        self._settling: dict[uuid.UUID, Settlement] = {}
         self._renewing: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -34,46 +49,70 @@ class RayLimitKeeper:
         self._renewing = asyncio.create_task(self._renew(), name="renew-limits")
 
     async def close(self) -> None:
-        """Stop telling; what is still held here is given back when it times out."""
+        """Stop telling; what is still held here is given up when it times out."""
         if self._renewing is not None:
             self._renewing.cancel()
             await asyncio.wait([self._renewing])
 
-    async def reserve(
-        self, reservation_id: uuid.UUID, principal_id: str, policy: LimitPolicy
-    ) -> Allowance:
+    async def reserve(self, reservation: Reservation) -> Allowance:
         """See `LimitKeeper.reserve`."""
-        request = ReservationRequest(id=reservation_id, principal_id=principal_id, policy=policy)
-        allowance = await self._reserve(request)
-        if allowance.refusal is None:
-            self._held[reservation_id] = principal_id
-        return allowance
 
-    async def _reserve(self, request: ReservationRequest) -> Allowance:
         async def reserve() -> Allowance:
-            allowance: Allowance = await self._handle.reserve.remote(request)
+            allowance: Allowance = await self._handle.reserve.remote(reservation)
             return allowance
 
-        try:
-            async with asyncio.timeout(_RESERVE_TIMEOUT_S):
-                return await until_answered(reserve, LimitsUnavailable, LimitsUnavailable)
-        except TimeoutError:
-            raise LimitsUnavailable(retry_after_s=_RESERVE_TIMEOUT_S) from None
+        allowance = await _in_time(reserve)
+        if allowance.refusal is None:
+            self._held[reservation.id] = _settlement(reservation, reservation.most)
+        return allowance
 
-    async def settle(self, reservation_id: uuid.UUID) -> None:
-        """See `LimitKeeper.settle`. Gives up early: what is not renewed ends by itself."""
-        self._held.pop(reservation_id, None)
-        await answers(self._handle.settle.remote(reservation_id), _SETTLE_TIMEOUT_S)
+    async def settle(self, reservation: Reservation, spent: Spent) -> None:
+        """See `LimitKeeper.settle`. Gives up early, and tells it again with the next renewals."""
+        self._held.pop(reservation.id, None)
+        settlement = _settlement(reservation, spent)
+        self._settling[reservation.id] = settlement
+        if await answers(self._handle.settle.remote(settlement), _SETTLE_TIMEOUT_S):
+            self._settling.pop(reservation.id, None)
+
+    async def standing(self, scopes: Sequence[Scope]) -> list[LimitState]:
+        """See `LimitKeeper.standing`."""
+
+        async def standing() -> list[LimitState]:
+            states: list[LimitState] = await self._handle.standing.remote(scopes)
+            return states
+
+        return await _in_time(standing)
 
     async def works(self) -> bool:
         """Tell whether the counters answer."""
-        return await answers(self._tell())
+        return await answers(self._handle.renew.remote([]))
 
     async def _renew(self) -> None:
         while True:
-            if not await answers(self._tell()):
+            try:
+                async with asyncio.timeout(_RENEW_EVERY_S):
+                    await self._tell()
+            except (RayError, RayServeException, TimeoutError):
                 logger.warning("limits did not answer")
             await asyncio.sleep(_RENEW_EVERY_S)
 
-    def _tell(self) -> Any:
-        return self._handle.renew.remote(list(self._held.items()))
+    async def _tell(self) -> None:
+        for settlement in list(self._settling.values())[:_MOST_SETTLED_AT_ONCE]:
+            await self._handle.settle.remote(settlement)
+            self._settling.pop(settlement.id, None)
+        unknown = await self._handle.renew.remote(list(self._held))
+        if told := [self._held[one] for one in unknown if one in self._held]:
+            await self._handle.adopt.remote(told)
+
+
+async def _in_time(call: Callable[[], Awaitable[Answer]]) -> Answer:
+    try:
+        async with asyncio.timeout(_RESERVE_TIMEOUT_S):
+            return await until_answered(call, LimitsUnavailable, LimitsUnavailable)
+    except TimeoutError:
+        raise LimitsUnavailable(retry_after_s=_RESERVE_TIMEOUT_S) from None
+
+
+def _settlement(reservation: Reservation, spent: Spent) -> Settlement:
+    accounts = tuple(scope.key for scope in reservation.scopes)
+    return Settlement(id=reservation.id, accounts=accounts, spent=spent)

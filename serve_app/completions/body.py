@@ -23,13 +23,20 @@ _STREAM_OPTIONS = frozenset({"include_usage"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """A checked request: what the path needs to know, and the bytes that go to the engine."""
+    """A checked request: what the path needs to know, and the bytes that go to the engine.
+
+    It makes `choices` answers, each of `max_tokens` at most. `repeated_bytes` of the payload are
+    read once with each of its prompts.
+    """
 
     kind: Kind
     model: ModelEntry
     stream: bool
     wants_usage: bool
     prompts: int
+    choices: int
+    max_tokens: int
+    repeated_bytes: int
     standing: Standing
     payload: bytes
     # Fields of the answer that the engine does not know.
@@ -128,14 +135,28 @@ def govern(kind: Kind, body: dict[str, Any], model: ModelEntry, rules: Rules) ->
     most_tokens = model.max_tokens or rules.defaults.max_tokens
     check_max_tokens(kind, body, most_tokens)
     standing = _standing(body, rules.standing)
+    sent = _sent(kind, body, model, rules.defaults, most_tokens, standing)
     return Ask(
         kind=kind,
         model=model,
         stream=stream,
         wants_usage=wants_usage,
         prompts=prompts,
+        choices=prompts * (sent.get("n") or 1),
+        max_tokens=max((sent.get(name) or 0 for name in kind.endpoint.max_tokens), default=0),
+        repeated_bytes=_repeated_bytes(kind, sent),
         standing=standing,
-        payload=dump_body(_sent(kind, body, model, rules.defaults, most_tokens, standing)),
+        payload=dump_body(sent),
+    )
+
+
+def _repeated_bytes(kind: Kind, sent: dict[str, Any]) -> int:
+    """Return how long that part of the body is which is read with each prompt."""
+    alone = (sent.get(name) for name in kind.endpoint.repeated)
+    return sum(
+        len(orjson.dumps(value))
+        for value in alone
+        if value is not None and not (isinstance(value, list) and len(value) > 1)
     )
 
 

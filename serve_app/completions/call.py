@@ -1,6 +1,6 @@
 """The path of one request.
 
-    authenticate → authorize → claim → reserve → recall → lease → relay → settle → record → keep
+    authenticate → authorize → claim → recall → reserve → lease → relay → settle → record → keep
 
 `Call.complete` is the way there, `Call.finish` the way back, and `Call.end` sends the last
 byte once the record is safe.
@@ -26,12 +26,13 @@ from serve_app.completions.exchange import Exchange
 from serve_app.completions.finishing import Finishing
 from serve_app.completions.keyed import Keyed
 from serve_app.completions.kinds import Kind
+from serve_app.completions.most import most_tokens
 from serve_app.completions.parts import Document, Download, Handler, OnBehalf, Parts, Spawn
 from serve_app.completions.reply import Reply
 from serve_app.completions.request_body import read_json_body
 from serve_app.completions.sse import KEEP_ALIVE, comment
 from serve_app.config import Bodies, GatewayConfig, Standing
-from serve_app.contracts import Lease, LeaseHint
+from serve_app.contracts import Lease, LeaseHint, Reservation, Spent
 from serve_app.errors import (
     AuthenticationFailed,
     ClientGone,
@@ -44,6 +45,7 @@ from serve_app.errors import (
 )
 from serve_app.identity.principal import Permission, Principal
 from serve_app.limits.headers import ratelimit_headers
+from serve_app.limits.scopes import scopes_of
 from serve_app.queueing.ticket import Ticket
 from serve_app.request_id import fit_request_id
 from serve_app.stored.keeping import Keeping
@@ -102,8 +104,9 @@ class Call:
             if self._keeping is not None and self._keeping.wish.background:
                 await self._put_off(principal, self._keeping)
                 return
-            await self._reserve(principal)
+            # Before the reservation: what is continued counts as part of the prompt.
             ask = await self._recall(ask)
+            await self._reserve(principal, ask)
             attempt = await self._lease(principal, ask)
             try:
                 await self._relay(attempt, ask)
@@ -193,19 +196,25 @@ class Call:
             )
         return ask
 
-    async def _reserve(self, principal: Principal) -> None:
-        exchange = self.exchange
-        policy = self._config.limits.policy_of(principal.id)
+    async def _reserve(self, principal: Principal, ask: Ask) -> None:
+        exchange, limits = self.exchange, self._config.limits
+        most = most_tokens(ask)
+        tokens = (most.prompt_tokens, most.completion_tokens)
+        reservation = Reservation(
+            id=exchange.id,
+            scopes=scopes_of(principal, limits),
+            most=Spent(tokens=sum(tokens), cost_micros=ask.model.cost_micros(*tokens)),
+        )
         # Noted before the call goes out: if it dies in there, what it took is given back.
-        exchange.reserving = True
+        exchange.reservation, exchange.priced = reservation, ask.model
         begun_s = time.perf_counter()
         try:
-            allowance = await self._parts.limits.reserve(exchange.id, principal.id, policy)
+            allowance = await self._parts.limits.reserve(reservation)
         finally:
             exchange.timings.limits_s = time.perf_counter() - begun_s
         exchange.allowance = allowance
         if allowance.refusal is not None:
-            raise allowance.refusal.error()
+            raise allowance.refusal.error(limits.currency)
 
     async def _put_off(self, principal: Principal, keeping: Keeping) -> None:
         """Answer at once, and let the response be made in the background."""

@@ -9,8 +9,8 @@ from datetime import datetime
 
 from serve_app.completions.answers import Answers
 from serve_app.completions.sse import Usage
-from serve_app.config import Bodies
-from serve_app.contracts import Allowance, Lease
+from serve_app.config import Bodies, ModelEntry
+from serve_app.contracts import Allowance, Lease, Reservation, Spent
 from serve_app.errors import ClientGone, DeadlineExceeded, InternalError, RequestError
 from serve_app.identity.principal import Principal
 from serve_app.queueing.ticket import Ticket
@@ -59,7 +59,9 @@ class Exchange:
     answers: Answers = field(default_factory=Answers)
     request_body: bytes | None = None
     # Set before the call goes out, so that a request that dies in it still gives back.
-    reserving: bool = False
+    reservation: Reservation | None = None
+    # Whose prices hold.
+    priced: ModelEntry | None = None
     allowance: Allowance = field(default_factory=Allowance)
     ticket: Ticket | None = None
     lease: Lease | None = None
@@ -105,6 +107,13 @@ class Exchange:
             self.lost.prompt_tokens + counted.prompt_tokens,
             self.lost.completion_tokens + counted.completion_tokens,
         )
+
+    def spent(self) -> Spent:
+        """Return what the request used, as its record says it."""
+        usage = self._usage()
+        tokens = (usage.prompt_tokens, usage.completion_tokens)
+        cost_micros = 0 if self.priced is None else self.priced.cost_micros(*tokens)
+        return Spent(tokens=sum(tokens), cost_micros=cost_micros)
 
     def record(self, bodies: Bodies) -> RequestRecord:
         """Return the row of this request."""

@@ -61,9 +61,9 @@ class Finishing:
         await asyncio.gather(self._settle(), self._record())
 
     async def _settle(self) -> None:
-        if self._exchange.reserving:
+        if (reservation := self._exchange.reservation) is not None:
             with self.tried("settle"):
-                await self._parts.limits.settle(self._exchange.id)
+                await self._parts.limits.settle(reservation, self._exchange.spent())
 
     async def _record(self) -> None:
         record: RequestRecord | None = None

@@ -10,6 +10,7 @@ from typing import Any
 from serve_app.completions import response_body
 from serve_app.completions.answers import Answers, Embedded, Pooled, Tokens
 from serve_app.completions.prompts import (
+    SIDES,
     count_chat,
     count_documents,
     count_inputs,
@@ -35,6 +36,8 @@ class Endpoint:
     up to the end of its context. `messages` names the parameter that may hold a conversation,
     `prompts` the one that may hold several prompts.
     `count` checks what the engine is to work on and returns how many prompts that is.
+    `repeated` names what is read once with each prompt, unless it is a list. `counts_tokens` is
+    false where nothing is used of which a counter of tokens knows.
     """
 
     route: str
@@ -48,6 +51,8 @@ class Endpoint:
     engine_max_tokens: int | None = None
     messages: str | None = None
     prompts: str | None = None
+    repeated: tuple[str, ...] = ()
+    counts_tokens: bool = True
     # Whether usage comes on a stream only if `stream_options` asks for it.
     stream_options: bool = False
 
@@ -160,6 +165,7 @@ ENDPOINTS: Mapping[Kind, Endpoint] = {
         parameters=_SCORING | frozenset("documents query top_n".split()),
         count=count_documents,
         prompts="documents",
+        repeated=("query", "instruction"),
         answers=Pooled(),
         tasks=frozenset({Task.EMBED, Task.SCORE}),
     ),
@@ -170,6 +176,7 @@ ENDPOINTS: Mapping[Kind, Endpoint] = {
         parameters=_SCORING
         | frozenset("data_1 data_2 documents items queries text_1 text_2".split()),
         count=count_pairs,
+        repeated=(*SIDES, "instruction"),
         answers=Pooled(),
         tasks=frozenset({Task.EMBED, Task.SCORE}),
     ),
@@ -184,6 +191,7 @@ ENDPOINTS: Mapping[Kind, Endpoint] = {
         count=count_tokenized,
         messages="messages",
         answers=Tokens(),
+        counts_tokens=False,
     ),
     Kind.DETOKENIZE: Endpoint(
         route="detokenize",
@@ -192,6 +200,7 @@ ENDPOINTS: Mapping[Kind, Endpoint] = {
         parameters=frozenset({"model", "tokens"}),
         count=count_tokens,
         answers=Tokens(),
+        counts_tokens=False,
     ),
 }
 

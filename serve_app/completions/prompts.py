@@ -18,6 +18,7 @@ _PAIRS = (
     ("queries", "items"),
     ("data_1", "data_2"),
 )
+SIDES = tuple(dict.fromkeys(name for pair in _PAIRS for name in pair))
 # What every tokenizer can be asked about; beyond it some fail instead of refusing.
 _MOST_TOKEN = 2**31 - 1
 
@@ -52,7 +53,7 @@ def count_documents(body: dict[str, Any]) -> int:
 
 def count_pairs(body: dict[str, Any]) -> int:
     """Count the pairs to be scored: one with each, or each with its counterpart."""
-    named = {name for pair in _PAIRS for name in pair if body.get(name) is not None}
+    named = {name for name in SIDES if body.get(name) is not None}
     for first, second in _PAIRS:
         if named == {first, second}:
             return max(_items(body, first), _items(body, second))

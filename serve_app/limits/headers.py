@@ -1,4 +1,4 @@
-"""The state of a principal's limits, as OpenAI tells it in headers.
+"""The state of the limits of a minute, as OpenAI tells it in headers.
 
 https://platform.openai.com/docs/guides/rate-limits: `x-ratelimit-limit-requests: 60`,
 `x-ratelimit-remaining-requests: 59`, `x-ratelimit-reset-requests: 1s` (or `6m0s`, `120ms`).
@@ -15,10 +15,12 @@ _MS = 1000
 
 def ratelimit_headers(allowance: Allowance) -> dict[str, str]:
     """Return the headers; none for what is not limited."""
-    return {} if allowance.requests is None else _headers("requests", allowance.requests)
+    return _headers("requests", allowance.requests) | _headers("tokens", allowance.tokens)
 
 
-def _headers(what: str, window: Window) -> dict[str, str]:
+def _headers(what: str, window: Window | None) -> dict[str, str]:
+    if window is None:
+        return {}
     return {
         f"x-ratelimit-limit-{what}": str(window.limit),
         f"x-ratelimit-remaining-{what}": str(window.remaining),

@@ -11,7 +11,7 @@ import io
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -23,15 +23,19 @@ from serve_app.completions.body import Defaults
 from serve_app.completions.gateway import Gateway
 from serve_app.completions.parts import Parts
 from serve_app.completions.upstream import new_session
-from serve_app.config import GatewayConfig, LimitPolicy, ModelEntry
+from serve_app.config import GatewayConfig, ModelEntry
 from serve_app.contracts import (
     Allowance,
     Lease,
     LeaseGrant,
     LeaseHint,
+    LimitState,
     ModelState,
-    ReservationRequest,
+    Reservation,
+    Settlement,
+    Spent,
 )
+from serve_app.contracts import Scope as LimitScope
 from serve_app.engine_counters import EngineCounters
 from serve_app.errors import (
     AuthenticationFailed,
@@ -199,32 +203,39 @@ class BookKeeper:
     """Keeps limits in a book of its own. `gate` is passed with the reservation already made."""
 
     def __init__(self) -> None:
-        self.book = LimitBook(time.monotonic)
+        self.book = LimitBook(time.monotonic, time.time)
         self.gate = Gate()
         self.settling = Gate()
         self.error: Exception | None = None
         self.reserved: Counter[uuid.UUID] = Counter()
         self.settled: Counter[uuid.UUID] = Counter()
 
-    async def reserve(
-        self, reservation_id: uuid.UUID, principal_id: str, policy: LimitPolicy
-    ) -> Allowance:
+    async def reserve(self, reservation: Reservation) -> Allowance:
         """See `LimitKeeper.reserve`."""
         if self.error is not None:
             raise self.error
-        allowance = self.book.reserve(
-            ReservationRequest(id=reservation_id, principal_id=principal_id, policy=policy)
-        )
+        allowance = self.book.reserve(reservation)
         if allowance.refusal is None:
-            self.reserved[reservation_id] += 1
+            self.reserved[reservation.id] += 1
             await self.gate.passed()
         return allowance
 
-    async def settle(self, reservation_id: uuid.UUID) -> None:
+    async def settle(self, reservation: Reservation, spent: Spent) -> None:
         """See `LimitKeeper.settle`."""
-        self.settled[reservation_id] += 1
-        self.book.settle(reservation_id)
+        self.settled[reservation.id] += 1
+        accounts = tuple(scope.key for scope in reservation.scopes)
+        self.book.settle(Settlement(id=reservation.id, accounts=accounts, spent=spent))
         await self.settling.passed()
+
+    async def standing(self, scopes: Sequence[LimitScope]) -> list[LimitState]:
+        """See `LimitKeeper.standing`."""
+        if self.error is not None:
+            raise self.error
+        return self.book.standing(scopes)
+
+    def held(self, principal_id: str) -> int:
+        """Return how many requests of a principal are under way."""
+        return self.book.held(f"principal:{principal_id}")
 
 
 class RecordList:
@@ -374,7 +385,7 @@ class World:
             await until(lambda it=replica: it.counters.requests_running == 0)  # type: ignore[misc]
             await until(lambda it=replica: it.counters.live_leases == 0)  # type: ignore[misc]
         assert len(self.records) == records
-        assert self.limits.book.held("user-1") == 0
+        assert self.limits.held("user-1") == 0
         assert set(self.limits.settled.values()) <= {1}
         assert self.limits.reserved.keys() <= self.limits.settled.keys()
         assert len(self.lines.getvalue().splitlines()) == records

@@ -532,7 +532,7 @@ async def test_log_that_hangs_is_given_up() -> None:
         response = await http.post(TEXT, json=ask(TEXT))
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "request_log_unavailable"
-        assert served.limits.book.held("user-1") == 0
+        assert served.limits.held("user-1") == 0
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
@@ -782,7 +782,7 @@ async def test_metrics_that_fail_do_not_take_the_answer_along(
 async def test_limits_that_fail_to_settle_do_not_take_the_answer_along(
     served: World, http: httpx.AsyncClient, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def settle(reservation_id: object) -> None:
+    async def settle(*_: object) -> None:
         raise ZeroDivisionError
 
     served.limits.settle = settle  # type: ignore[method-assign]
@@ -801,5 +801,5 @@ async def test_log_with_a_bug_withholds_the_answer(
     assert response.status_code == (200 if stream else 503)
     assert "request_log_unavailable" in response.text
     assert "[DONE]" not in response.text
-    assert served.limits.book.held("user-1") == 0
+    assert served.limits.held("user-1") == 0
     await until(lambda: served.replica.counters.live_leases == 0)

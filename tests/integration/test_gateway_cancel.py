@@ -334,7 +334,7 @@ async def test_log_that_fails_while_the_client_goes_away_holds_nothing() -> None
             await _generating(served)
             await caller.disconnect()
             await until(lambda: not served.app.busy)
-        assert served.limits.book.held("user-1") == 0
+        assert served.limits.held("user-1") == 0
         await until(lambda: served.replica.counters.live_leases == 0)
         assert served.replica.counters.requests_running == 0
 
