@@ -1,40 +1,37 @@
 """The spool: records on this machine's disk until PostgreSQL has them.
 
-SQLite in WAL mode with synchronous=FULL, owned by one thread. The thread takes everything
-that waits and commits it at once, so that one fsync serves all appends that came during
-the previous one: group commit without a timer. Exactly one process holds a spool.
+SQLite in WAL mode with synchronous=FULL, so that a record which was acknowledged outlives a power
+cut; committed in groups, so that one fsync serves all appends that came during the previous one.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import fcntl
-import logging
-import os
-import queue
 import sqlite3
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from serve_app.errors import ConfigError, LogUnavailable
-from serve_app.files import sync_folder
+from serve_app.errors import LogUnavailable
+from serve_app.group_commit import GroupCommit
 from serve_app.records import RequestRecord
 
-FILE_NAME = "spool.sqlite3"
-LOCK_NAME = "spool.lock"
-_LOCK_POLL_S = 0.1  # flock has no wait with a limit
-_GROUP_LIMIT = 1024
 _MIB = 1024 * 1024
 # Once the spool has been emptied, so many free pages go back to the file system at a time:
 # not all of them, as appends wait meanwhile.
 _SHRINK_PAGES = 1024
 
+_PRAGMAS = (
+    # Before the first table: it cannot be switched on later.
+    "auto_vacuum = incremental",
+    "journal_mode = wal",
+    "synchronous = full",
+    # Overwrites deleted prompts where that costs no further write.
+    "secure_delete = fast",
+)
 _SCHEMA = """
 create table if not exists spool (
     seq         integer primary key autoincrement,
@@ -67,9 +64,6 @@ insert into spool (id, spooled_at, data)
 select id, ?, data from poison order by seq on conflict (id) do nothing
 """
 
-_T = TypeVar("_T")
-_logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpooledRow:
@@ -88,14 +82,7 @@ class SpoolState:
     poison: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Job(Generic[_T]):
-    work: Callable[[sqlite3.Connection], _T]
-    result: asyncio.Future[_T]
-    loop: asyncio.AbstractEventLoop
-
-
-class Spool:
+class Spool(GroupCommit):
     """A queue of records on disk. Use it from one event loop, between `open` and `close`."""
 
     def __init__(
@@ -105,54 +92,16 @@ class Spool:
         lock_timeout_s: float = 30.0,
         max_bytes: int | None = None,
     ) -> None:
-        self._folder = folder
-        self._lock_timeout_s = lock_timeout_s
-        self._max_bytes = max_bytes
-        self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
-        self._emptied = False  # set on the loop, taken by the thread
-        self._thread: threading.Thread | None = None
-        self._lock: int | None = None
-        self._closed = True
-
-    @property
-    def path(self) -> Path:
-        """The database file."""
-        return self._folder / FILE_NAME
-
-    @property
-    def alive(self) -> bool:
-        """Tell whether the spool takes records."""
-        return not self._closed and self._thread is not None and self._thread.is_alive()
-
-    async def open(self) -> None:
-        """Take the lock, waiting up to `lock_timeout_s` for its holder, and open the file.
-
-        Raises:
-            ConfigError: the folder cannot be written, another process keeps the lock,
-                or the file is not a spool that can be read.
-        """
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            await self._take_lock()
-            connection = await asyncio.to_thread(_connect, self.path, self._max_bytes)
-        except (OSError, sqlite3.Error) as error:
-            self._release_lock()
-            allowed = f"a folder with a spool that can be written ({type(error).__name__})"
-            raise ConfigError("the spool folder", str(self._folder), allowed) from error
-        self._closed = False
-        self._thread = threading.Thread(
-            target=self._serve, args=(connection,), name="comp-ai-spool", daemon=True
+        super().__init__(
+            folder,
+            name="spool",
+            schema=_SCHEMA,
+            pragmas=_PRAGMAS,
+            unavailable=LogUnavailable,
+            lock_timeout_s=lock_timeout_s,
+            max_bytes=max_bytes,
         )
-        self._thread.start()
-
-    async def close(self) -> None:
-        """Finish what was handed over, close the file and give the lock back."""
-        if self._thread is not None:
-            self._closed = True
-            self._jobs.put(None)
-            await asyncio.to_thread(self._thread.join)
-            self._thread = None
-        self._release_lock()
+        self._emptied = False  # set on the loop, taken by the thread
 
     async def append(self, record: RequestRecord) -> None:
         """Return once `record` is on disk; a repeated id changes nothing.
@@ -210,139 +159,10 @@ class Spool:
         """Return for how long the oldest row has waited, in seconds."""
         return (await self.state()).oldest_age_s
 
-    async def _do(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        if not self.alive:
-            raise LogUnavailable
-        loop = asyncio.get_running_loop()
-        job: _Job[_T] = _Job(work, loop.create_future(), loop)
-        self._jobs.put(job)
-        return await job.result
-
-    async def _take_lock(self) -> None:
-        descriptor = os.open(self._folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
-        deadline = time.monotonic() + self._lock_timeout_s
-        try:
-            while not _try_lock(descriptor):
-                if time.monotonic() >= deadline:
-                    raise ConfigError(
-                        "the spool folder",
-                        str(self._folder),
-                        f"one that no other process holds (waited {self._lock_timeout_s:g} s)",
-                    )
-                await asyncio.sleep(_LOCK_POLL_S)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        self._lock = descriptor
-
-    def _release_lock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)  # the kernel does the same when the process dies
-            self._lock = None
-
-    # From here on: the spool's thread.
-
-    def _serve(self, connection: sqlite3.Connection) -> None:
-        try:
-            while (group := self._take()) is not None:
-                try:
-                    connection = self._commit(connection, group)
-                except BaseException:  # a bug: nobody may wait for ever, and the owner sees it
-                    _fail(group)
-                    raise
-                if self._emptied:
-                    self._emptied = False
-                    _shrink(connection)
-        finally:
-            connection.close()
-            self._closed = True
-            self._fail_queued()
-
-    def _take(self) -> list[_Job[Any]] | None:
-        """Wait for a job, and take all that wait behind it; None ends the thread."""
-        first = self._jobs.get()
-        if first is None:
-            return None
-        group = [first]
-        while len(group) < _GROUP_LIMIT:
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                break
-            if job is None:
-                self._jobs.put(None)  # after this group; nothing is accepted any more
-                break
-            group.append(job)
-        return group
-
-    def _commit(self, connection: sqlite3.Connection, group: list[_Job[Any]]) -> sqlite3.Connection:
-        """Do `group` in one transaction; where that fails, in halves, down to the guilty job."""
-        try:
-            results = _transact(connection, group)
-        except sqlite3.Error as error:
-            connection = self._recover(connection, error)
-            if len(group) == 1:
-                _refuse(group[0], error)
-                return connection
-            half = len(group) // 2
-            connection = self._commit(connection, group[:half])
-            return self._commit(connection, group[half:])
-        _resolve(group, results)
-        return connection
-
-    def _recover(self, connection: sqlite3.Connection, error: sqlite3.Error) -> sqlite3.Connection:
-        if connection.in_transaction:
-            connection.rollback()
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_IOERR:
-            return connection
-        # After an I/O error what the connection keeps in memory may differ from the disk.
-        try:
-            fresh = _connect(self.path, self._max_bytes)
-        except (OSError, sqlite3.Error):
-            return connection  # the next job fails, or does not
-        connection.close()
-        return fresh
-
-    def _fail_queued(self) -> None:
-        while True:
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                return
-            if job is not None:
-                _fail([job])
-
-
-def _connect(path: Path, max_bytes: int | None) -> sqlite3.Connection:
-    # SQLite gives its -wal and -shm files the mode of this one.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    path.chmod(0o600)
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    try:
-        # Before the first table: it cannot be switched on later.
-        connection.execute("pragma auto_vacuum = incremental")
-        connection.execute("pragma journal_mode = wal")
-        connection.execute("pragma synchronous = full")
-        # Overwrites deleted prompts where that costs no further write.
-        connection.execute("pragma secure_delete = fast")
-        connection.execute(f"pragma journal_size_limit = {64 * _MIB}")
-        connection.executescript(_SCHEMA)
-        if max_bytes is not None:
-            page_size: int = connection.execute("pragma page_size").fetchone()[0]
-            connection.execute(f"pragma max_page_count = {max(1, max_bytes // page_size)}")
-        sync_folder(path.parent)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    def _after_commit(self, connection: sqlite3.Connection) -> None:
+        if self._emptied:
+            self._emptied = False
+            _shrink(connection)
 
 
 def _encode(record: RequestRecord) -> bytes:
@@ -359,13 +179,6 @@ def _encode(record: RequestRecord) -> bytes:
         return replace(record, **texts).to_json()
     except TypeError as error:
         raise LogUnavailable from error
-
-
-def _transact(connection: sqlite3.Connection, group: Sequence[_Job[Any]]) -> list[Any]:
-    connection.execute("begin immediate")
-    results = [job.work(connection) for job in group]
-    connection.execute("commit")
-    return results
 
 
 def _read_batch(connection: sqlite3.Connection, limit: int, max_bytes: int) -> list[SpooledRow]:
@@ -397,49 +210,3 @@ def _set_aside(connection: sqlite3.Connection, rows: list[tuple[float, str, byte
 def _restore_poison(connection: sqlite3.Connection) -> int:
     connection.execute(_RESTORE, (time.time(),))
     return connection.execute("delete from poison").rowcount
-
-
-def _resolve(group: Sequence[_Job[Any]], results: Sequence[Any]) -> None:
-    pairs = list(zip(group, results, strict=True))
-
-    def settle() -> None:
-        for job, result in pairs:
-            if not job.result.done():  # cancelled, and written all the same
-                job.result.set_result(result)
-
-    _call(group[0].loop, settle)
-
-
-def _refuse(job: _Job[Any], error: sqlite3.Error | None) -> None:
-    if error is not None:
-        _logger.error(
-            "the spool could not write",
-            extra={
-                "action": "spool.write_failed",
-                "error": getattr(error, "sqlite_errorname", type(error).__name__),
-            },
-        )
-    refusal = LogUnavailable()
-    refusal.__cause__ = error
-
-    def settle() -> None:
-        if not job.result.done():
-            job.result.set_exception(refusal)
-
-    _call(job.loop, settle)
-
-
-def _fail(group: Iterable[_Job[Any]]) -> None:
-    # Runs behind the answers already on their way, so it touches only those without one.
-    for job in group:
-        _refuse(job, None)
-
-
-def _call(loop: asyncio.AbstractEventLoop, settle: Callable[[], None]) -> None:
-    try:
-        loop.call_soon_threadsafe(settle)
-    except RuntimeError:
-        _logger.warning(
-            "the event loop ended before its records were acknowledged",
-            extra={"action": "spool.loop_closed"},
-        )

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from serve_app import group_commit
 from serve_app.accounts import spool as spool_module
 from serve_app.accounts.spool import Spool, SpooledRow
 from serve_app.errors import ConfigError, LogUnavailable
@@ -118,13 +119,13 @@ async def test_appends_that_wait_share_one_transaction(
     spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups: list[int] = []
-    transact = spool_module._transact
+    transact = group_commit._transact
 
     def counted(connection: sqlite3.Connection, group: Sequence[Any]) -> list[Any]:
         groups.append(len(group))
         return transact(connection, group)
 
-    monkeypatch.setattr(spool_module, "_transact", counted)
+    monkeypatch.setattr(group_commit, "_transact", counted)
     async with Gate(spool):
         appends = [asyncio.create_task(spool.append(_record())) for _ in range(200)]
         await _piled_up(spool, 200)
