@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from serve_app.config import LimitPolicy
 from serve_app.identity.principal import Permission, Principal
 from serve_app.records import PrincipalKind, new_id
 
@@ -95,6 +96,7 @@ def batch_to_openai(row: asyncpg.Record, counts: Counts | None) -> dict[str, Any
 
 def principal_to_json(principal: Principal) -> str:
     """Return `principal` as JSON, for its batch to be run later."""
+    limits = principal.limits
     return orjson.dumps(
         {
             "id": principal.id,
@@ -102,7 +104,10 @@ def principal_to_json(principal: Principal) -> str:
             "permissions": sorted(principal.permissions),
             "models": None if principal.models is None else sorted(principal.models),
             "roles": sorted(principal.roles),
+            "groups": sorted(principal.groups),
+            "client_id": principal.client_id,
             "api_key_id": principal.api_key_id,
+            "limits": limits.model_dump(mode="json", exclude_none=True) if limits else None,
         }
     ).decode()
 
@@ -110,6 +115,7 @@ def principal_to_json(principal: Principal) -> str:
 def principal_from_json(text: str) -> Principal:
     """Return the principal that `principal_to_json` wrote."""
     raw = orjson.loads(text)
+    limits = raw.get("limits")
     known = {str(permission): permission for permission in Permission}
     return Principal(
         id=raw["id"],
@@ -118,7 +124,11 @@ def principal_from_json(text: str) -> Principal:
         permissions=frozenset(known[name] for name in raw["permissions"] if name in known),
         models=None if raw["models"] is None else frozenset(raw["models"]),
         roles=frozenset(raw["roles"]),
+        # An older release wrote neither groups nor client nor limits.
+        groups=frozenset(raw.get("groups", ())),
+        client_id=raw.get("client_id"),
         api_key_id=None if raw["api_key_id"] is None else uuid.UUID(raw["api_key_id"]),
+        limits=None if limits is None else LimitPolicy.model_validate(limits),
     )
 
 

@@ -131,26 +131,41 @@ def token(
     typer.echo(_run(obtain(_settings(), subject, roles, expires_in_s)))
 
 
+KeyArgument = Annotated[str, typer.Argument(help="Id or prefix of the key.")]
+NoteOption = Annotated[str | None, typer.Option(help="A note for people.")]
+PermissionOption = Annotated[
+    list[str] | None, typer.Option("--permission", help="Permission; may be repeated.")
+]
+ModelOption = Annotated[
+    list[str] | None, typer.Option("--model", help="Model it may use; may be repeated.")
+]
+LimitsOption = Annotated[
+    str | None, typer.Option(help='Limits of its own as JSON: {"requests_per_minute": 60}.')
+]
+ExpiryOption = Annotated[
+    float | None, typer.Option(help="Days from now until it expires.", min=0.001)
+]
+
+
 @keys_app.command("create")
 def keys_create(
     name: Annotated[str, typer.Argument(help="What the key is for.")],
     owner: Annotated[str, typer.Option(help="Principal that its requests are accounted to.")],
-    permission: Annotated[
-        list[str] | None, typer.Option(help="Permission; may be repeated.")
-    ] = None,
-    model: Annotated[
-        list[str] | None, typer.Option(help="Model it may use; may be repeated; all if none.")
-    ] = None,
-    expires_in_days: Annotated[
-        float | None, typer.Option(help="Days until it expires; never if not given.", min=0.001)
-    ] = None,
+    note: NoteOption = None,
+    permission: PermissionOption = None,
+    model: ModelOption = None,
+    limits: LimitsOption = None,
+    expires_in_days: ExpiryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a key and print it, for the only time."""
+    """Make a key and print it, for the only time.
+
+    Without options it holds comp-ai:user, may use every model and never expires.
+    """
     from serve_app.cli import keys
 
-    permissions = permission or ["comp-ai:user"]
-    _run(keys.create(_postgres(), name, owner, permissions, model, expires_in_days, as_json))
+    terms = keys.read_terms(name, note, permission, model, limits, expires_in_days)
+    _run(keys.create(_postgres(), owner, terms, as_json))
 
 
 @keys_app.command("list")
@@ -164,14 +179,47 @@ def keys_list(
     _run(keys.show(_postgres(), owner, as_json))
 
 
-@keys_app.command("revoke")
-def keys_revoke(
-    key: Annotated[str, typer.Argument(help="Id or prefix of the key.")],
+@keys_app.command("update")
+def keys_update(
+    key: KeyArgument,
+    name: Annotated[str | None, typer.Option(help="What the key is for.")] = None,
+    note: NoteOption = None,
+    permission: PermissionOption = None,
+    model: ModelOption = None,
+    limits: LimitsOption = None,
+    expires_in_days: ExpiryOption = None,
+    clear: Annotated[
+        list[str] | None,
+        typer.Option(help="Take away: note, models, limits or expires_at; may be repeated."),
+    ] = None,
 ) -> None:
-    """Revoke a key for good; gateways forget it within their cache time."""
+    """Change what the options name; the rest stays."""
     from serve_app.cli import keys
 
-    raise typer.Exit(_run(keys.revoke(_postgres(), key)))
+    changes = keys.read_terms(name, note, permission, model, limits, expires_in_days)
+    _run(keys.change(_postgres(), key, changes | keys.cleared(clear or ())))
+
+
+@keys_app.command("rotate")
+def keys_rotate(
+    key: KeyArgument,
+    overlap_s: Annotated[
+        float, typer.Option(help="How long the secret until now stays valid.", min=0)
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Give a key a new secret and print it, for the only time."""
+    from serve_app.cli import keys
+
+    _run(keys.rotate(_postgres(), key, overlap_s, as_json))
+
+
+@keys_app.command("revoke")
+def keys_revoke(key: KeyArgument) -> None:
+    """Revoke a key for good; gateways refuse it within a second."""
+    from serve_app.cli import keys
+
+    _run(keys.revoke(_postgres(), key))
 
 
 @model_app.command("fetch")

@@ -1,7 +1,8 @@
 """Verification of API keys, with little work for PostgreSQL and through its outages.
 
-A key that is in use costs one row read a second. All lookups that wait are asked in one query,
-and only one query runs at a time, so a flood of made-up keys cannot flood the database.
+An answer of the table is believed for a second, and for as long as it is certain that no notice
+of a change was missed (`key_changes`). All lookups that wait are asked in one query, and only one
+query runs at a time, so a flood of made-up keys cannot flood the database.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from datetime import datetime
 
 from serve_app.errors import AuthenticationFailed, IdentityUnavailable
 from serve_app.identity.api_keys import ApiKey, ApiKeyStore, hash_key, prefix_of
+from serve_app.identity.key_changes import KeyChanges, NoKeyChanges, Watch
 from serve_app.identity.principal import Permission, Principal
 from serve_app.records import PrincipalKind, utc_now
 
@@ -35,10 +37,21 @@ _NO_KEY_HASH = bytes(32)
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What the table said of a prefix, and when it was asked (monotonic seconds)."""
+    """What the table said of a prefix, and when it was asked (monotonic seconds).
+
+    `watch` is kept since before it was asked, so that a change since then would have been heard.
+    """
 
     key: ApiKey | None
     asked_at: float
+    watch: Watch | None
+
+    @property
+    def true_at(self) -> float:
+        """Until when it is known to have been so (monotonic seconds)."""
+        if self.watch is None:
+            return self.asked_at
+        return max(self.asked_at, self.watch.confirmed_at)
 
 
 class ApiKeyVerifier:
@@ -46,10 +59,11 @@ class ApiKeyVerifier:
 
     Args:
         store: the table of keys.
+        changes: tells which keys changed.
         bootstrap_key: one key with every permission, checked without PostgreSQL.
-        fresh_s: how long an answer of the table is believed, and so how late a revocation acts.
-        stale_s: how long it is believed while PostgreSQL cannot be asked.
-        unknown_s: how long a prefix that the table does not know stays refused.
+        fresh_s: how old what is known of a key may be, and so how late a revocation acts.
+        recheck_s: how long it is believed without a look at the table, though no change is heard.
+        stale_s: how old it may be while PostgreSQL cannot be asked.
         flush_s: how often the times of last use are written.
         clock: monotonic seconds.
     """
@@ -57,33 +71,38 @@ class ApiKeyVerifier:
     def __init__(
         self,
         store: ApiKeyStore,
+        changes: KeyChanges | None = None,
         *,
         bootstrap_key: str | None = None,
         fresh_s: float = 1.0,
+        recheck_s: float = 300.0,
         stale_s: float = 300.0,
-        unknown_s: float = 5.0,
         flush_s: float = 30.0,
         cache_size: int = 10_000,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
         self._store = store
+        self._changes = changes or NoKeyChanges()
         self._bootstrap_hash = hash_key(bootstrap_key) if bootstrap_key else None
         self._fresh_s = fresh_s
+        self._recheck_s = recheck_s
         self._stale_s = stale_s
-        self._unknown_s = unknown_s
         self._flush_s = flush_s
         self._clock = clock
         self._now = now
+        # Apart, so that a flood of made-up keys drives out no real one.
         self._known = _Lru(cache_size)
         self._unknown = _Lru(cache_size)
-        self._waiting: dict[str, asyncio.Future[None]] = {}
+        self._changed = 0
+        self._waiting: dict[str, asyncio.Future[ApiKey | None]] = {}
         self._asker: asyncio.Task[None] | None = None
         self._used: dict[uuid.UUID, datetime] = {}
         self._flusher: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to write the times of last use; PostgreSQL may be away."""
+        """Begin to listen and to write the times of last use; PostgreSQL may be away."""
+        self._changes.start(self._forget)
         if self._flusher is None:
             self._flusher = asyncio.create_task(self._flush_forever(), name="api-key-last-used")
 
@@ -96,6 +115,7 @@ class ApiKeyVerifier:
         for task in tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        await self._changes.close()
         await self.flush()
 
     def is_bootstrap(self, plain: str) -> bool:
@@ -133,38 +153,46 @@ class ApiKeyVerifier:
             await self._store.mark_used(used)
         except IdentityUnavailable:
             self._used = used | self._used
+        except asyncio.CancelledError:
+            # Stopped for the last flush, which writes these too.
+            self._used = used | self._used
+            raise
 
     async def _flush_forever(self) -> None:
         while True:
             await asyncio.sleep(self._flush_s)
             await self.flush()
 
+    def _forget(self, prefix: str | None) -> None:
+        """Drop what is known of `prefix`, or of every key."""
+        self._changed += 1
+        for entries in (self._known, self._unknown):
+            if prefix is None:
+                entries.clear()
+            else:
+                entries.pop(prefix)
+
     async def _find(self, prefix: str) -> ApiKey | None:
         known = self._remembered(prefix)
-        if known is not None:
+        if known is not None and self._is_fresh(known):
             return known.key
         try:
-            await self._ask(prefix)
+            return await self._ask(prefix)
         except IdentityUnavailable:
             stale = self._known.get(prefix)
-            if stale is None or self._clock() - stale.asked_at > self._stale_s:
+            if stale is None or self._clock() - stale.true_at > self._stale_s:
                 raise
             return stale.key
-        answer = self._known.get(prefix)
-        return answer.key if answer is not None else None
 
     def _remembered(self, prefix: str) -> _Known | None:
-        now = self._clock()
-        known = self._known.get(prefix)
-        if known is not None:
-            return known if now - known.asked_at <= self._fresh_s else None
-        unknown = self._unknown.get(prefix)
-        if unknown is not None and now - unknown.asked_at <= self._unknown_s:
-            return unknown
-        return None
+        return self._known.get(prefix) or self._unknown.get(prefix)
 
-    async def _ask(self, prefix: str) -> None:
-        """Wait until the table was asked for `prefix`; everyone who waits shares the answer."""
+    def _is_fresh(self, known: _Known) -> bool:
+        now = self._clock()
+        return now - known.true_at <= self._fresh_s and now - known.asked_at <= self._recheck_s
+
+    async def _ask(self, prefix: str) -> ApiKey | None:
+        """Return what the table says of `prefix`; everyone who waits shares the answer."""
         waiting = self._waiting.get(prefix)
         if waiting is None:
             if len(self._waiting) >= _MAX_WAITING:
@@ -175,38 +203,42 @@ class ApiKeyVerifier:
         if self._asker is None or self._asker.done():
             self._asker = asyncio.create_task(self._ask_all(), name="api-key-lookup")
             self._asker.add_done_callback(self._forget_asker)
-        await asyncio.shield(waiting)
+        return await asyncio.shield(waiting)
 
     async def _ask_all(self) -> None:
         while self._waiting:
             prefixes = list(self._waiting)[:_BATCH]
-            asked_at = self._clock()
+            asked_at, watch, changed = self._clock(), self._changes.watch, self._changed
             try:
                 keys = await self._store.find(prefixes)
             except IdentityUnavailable as error:
-                self._answer(prefixes, error)
+                self._fail(prefixes, error)
                 continue
+            if changed != self._changed or watch is not self._changes.watch:
+                # One of them may have changed after it was read; its notice is spent.
+                watch = None
             for prefix in prefixes:
-                self._remember(prefix, _Known(keys.get(prefix), asked_at))
-            self._answer(prefixes, None)
+                key = keys.get(prefix)
+                self._remember(prefix, _Known(key, asked_at, watch))
+                self._answer(prefix, key)
 
     def _remember(self, prefix: str, known: _Known) -> None:
-        if known.key is not None:
-            self._unknown.pop(prefix)
-            self._known.put(prefix, known)
-        else:
-            # A row that was deleted must not live on here.
-            self._known.pop(prefix)
-            self._unknown.put(prefix, known)
+        # A row that was deleted must not live on as one, nor a new one as none.
+        kept, dropped = (
+            (self._unknown, self._known) if known.key is None else (self._known, self._unknown)
+        )
+        dropped.pop(prefix)
+        kept.put(prefix, known)
 
-    def _answer(self, prefixes: list[str], error: IdentityUnavailable | None) -> None:
+    def _answer(self, prefix: str, key: ApiKey | None) -> None:
+        waiting = self._waiting.pop(prefix)
+        if not waiting.done():
+            waiting.set_result(key)
+
+    def _fail(self, prefixes: list[str], error: IdentityUnavailable) -> None:
         for prefix in prefixes:
             waiting = self._waiting.pop(prefix)
-            if waiting.done():
-                continue
-            if error is None:
-                waiting.set_result(None)
-            else:
+            if not waiting.done():
                 waiting.set_exception(error)
 
     def _forget_asker(self, task: asyncio.Task[None]) -> None:
@@ -220,7 +252,7 @@ class ApiKeyVerifier:
                 type(error).__name__,
                 extra={"action": "api_key_lookup_died"},
             )
-        self._answer(list(self._waiting), IdentityUnavailable())
+        self._fail(list(self._waiting), IdentityUnavailable())
 
 
 class _Lru:
@@ -248,6 +280,10 @@ class _Lru:
         """Drop an entry, if there is one."""
         self._entries.pop(prefix, None)
 
+    def clear(self) -> None:
+        """Drop every entry."""
+        self._entries.clear()
+
 
 _BOOTSTRAP = Principal(
     id=BOOTSTRAP_ID,
@@ -258,17 +294,19 @@ _BOOTSTRAP = Principal(
 
 
 def _to_principal(key: ApiKey) -> Principal:
+    terms = key.terms
     return Principal(
         id=key.owner,
         kind=PrincipalKind.API_KEY,
-        permissions=key.permissions,
-        models=key.models,
-        api_key_id=key.id,
+        permissions=terms.permissions,
+        models=terms.models,
+        api_key_id=key.key_id,
         # A key has no token to name roles; what it may do is what it is.
-        roles=frozenset(permission.value for permission in key.permissions),
+        roles=frozenset(permission.value for permission in terms.permissions),
+        limits=terms.limits,
     )
 
 
-def _retrieve(future: asyncio.Future[None]) -> None:
+def _retrieve(future: asyncio.Future[ApiKey | None]) -> None:
     if not future.cancelled():
         future.exception()

@@ -15,6 +15,7 @@ from serve_app.identity.claims import TrustedIssuer
 from serve_app.identity.introspection import IntrospectionPolicy
 from serve_app.identity.issuers_file import LoadedIssuer
 from serve_app.identity.jwks import KeyPolicy
+from serve_app.identity.key_changes import listen_to
 from serve_app.identity.oidc import MAX_TOKEN_CHARS, OidcVerifier, TokenVerifier
 from serve_app.identity.principal import Permission, Principal
 from serve_app.lazy_pool import LazyPool
@@ -120,6 +121,7 @@ def build_authenticator(
     bootstrap = settings.service.api_key
     api_keys = ApiKeyVerifier(
         ApiKeyStore(pool),
+        listen_to(settings.postgres),
         bootstrap_key=None if bootstrap is None else bootstrap.get_secret_value(),
     )
     return BearerAuthenticator(build_oidc(settings, http), api_keys, http=http, pool=pool)
@@ -181,7 +183,7 @@ def _further_issuer(oidc: OidcSettings, further: LoadedIssuer) -> TrustedIssuer:
 def build_pool(
     settings: PostgresSettings, *, clock: Callable[[], float] = time.monotonic
 ) -> LazyPool:
-    """Return the pool of the accounts, for an authenticator or for the CLI's `ApiKeyStore`."""
+    """Return the pool of an authenticator."""
     return lazy_pool.build_pool(
         settings,
         application_name="comp-ai-identity",

@@ -18,6 +18,8 @@ class Permission(enum.StrEnum):
     USER = "comp-ai:user"
     ADMIN = "comp-ai:admin"
     AUDITOR = "comp-ai:auditor"
+    # Lets an API key manage the keys of its owner; who signs in otherwise may do so anyway.
+    KEYS = "comp-ai:keys"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

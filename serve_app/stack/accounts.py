@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from serve_app.audit.act import SERVICE_ITSELF, Actor
 from serve_app.database import create_pool, migrate
 from serve_app.errors import IdentityUnavailable
-from serve_app.identity.api_keys import ApiKeyStore, prefix_of
+from serve_app.identity.api_keys import ApiKeyStore, KeyTerms, prefix_of
 from serve_app.lazy_pool import LazyPool
 from serve_app.records import utc_now
 from serve_app.settings import PostgresSettings, Settings
@@ -77,9 +78,9 @@ async def first_key(settings: PostgresSettings, home: Home) -> str:
             plain = home.first_key.read_text(encoding="ascii").strip()
             if await _works(store, plain):
                 return plain
-        plain, _ = await store.create(
-            name="made by the first start", owner=FIRST_KEY_OWNER, created_by="comp-ai up"
-        )
+        terms = KeyTerms(name="made by the first start")
+        by = Actor(id="comp-ai up", kind=SERVICE_ITSELF)
+        plain, _ = await store.create(terms, owner=FIRST_KEY_OWNER, by=by)
     write_secret(home.first_key, plain)
     return plain
 

@@ -15,10 +15,11 @@ import orjson
 import pytest
 from openai.types import Batch, FileObject
 
+from serve_app.audit.act import Actor
 from serve_app.batches.runner import BatchRunner, Pulse
 from serve_app.database import connect
 from serve_app.fake_engine import FakeEngineConfig
-from serve_app.identity.api_keys import ApiKeyStore
+from serve_app.identity.api_keys import ApiKeyStore, KeyTerms
 from serve_app.identity.principal import Permission
 from serve_app.records import Outcome
 from serve_app.settings import PostgresSettings
@@ -562,7 +563,8 @@ async def test_a_revoked_key_ends_what_it_began(
     served: World, ai: openai.AsyncOpenAI, connection: asyncpg.Connection
 ) -> None:
     keys = ApiKeyStore(served.database)
-    _, key = await keys.create(name="k", owner="user-1", created_by="test")
+    by = Actor(id="root", kind="operator")
+    _, key = await keys.create(KeyTerms(name="k"), owner="user-1", by=by)
     served.authenticator.principals[KEY] = principal(
         "user-1", api_key_id=key.id, permissions=frozenset({Permission.USER})
     )
@@ -570,7 +572,7 @@ async def test_a_revoked_key_ends_what_it_began(
     async with running(served):
         await ended(ai, before.id)
     after = await begin(ai, chat("b"), chat("c"))
-    assert await keys.revoke(key.id)
+    await keys.revoke(key.id, by=by)
     async with running(served):
         done = await ended(ai, after.id)
     failed = await lines_of(ai, done.error_file_id)

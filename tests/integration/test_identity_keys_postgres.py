@@ -3,71 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import asyncpg
 import pytest
 
-from serve_app.errors import AuthenticationFailed, IdentityUnavailable
+from serve_app.audit.act import Actor
+from serve_app.errors import AuthenticationFailed, IdentityUnavailable, NotFound
 from serve_app.identity.api_key_verifier import ApiKeyVerifier
-from serve_app.identity.api_keys import FIND_KEYS, ApiKeyStore, generate_key
+from serve_app.identity.api_keys import ApiKeyStore, KeyTerms, generate_key, query
 from serve_app.identity.authenticator import build_authenticator, build_pool
 from serve_app.identity.principal import Permission
 from serve_app.lazy_pool import LazyPool
 from serve_app.records import Outcome, RequestRecord, new_id, utc_now
 from serve_app.settings import PostgresSettings, load_settings
+from tests.integration.links import Link
 
-
-@dataclass
-class Link:
-    """A TCP relay to PostgreSQL that can be cut and mended."""
-
-    target: PostgresSettings
-    port: int = 0
-    _server: asyncio.Server | None = None
-    _writers: set[asyncio.StreamWriter] = field(default_factory=set)
-
-    @property
-    def settings(self) -> PostgresSettings:
-        changes = {"host": "127.0.0.1", "port": self.port, "sslmode": "disable"}
-        return self.target.model_copy(update=changes)
-
-    async def mend(self) -> None:
-        self._server = await asyncio.start_server(self._relay, "127.0.0.1", self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
-
-    async def cut(self) -> None:
-        if self._server is not None:
-            self._server.close()
-        for writer in list(self._writers):
-            writer.transport.abort()
-
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host, port = self.target.host, self.target.port
-        if host.startswith("/"):
-            far = await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
-        else:
-            far = await asyncio.open_connection(host, port)
-        pair = {writer, far[1]}
-        self._writers |= pair
-        try:
-            await asyncio.gather(_copy(reader, far[1]), _copy(far[0], writer))
-        finally:
-            self._writers -= pair
-            for end in pair:
-                end.close()
-
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-        writer.close()
+ROOT = Actor(id="root", kind="operator")
 
 
 class Clock:
@@ -109,29 +63,33 @@ def verifier(store: ApiKeyStore, clock: Clock) -> ApiKeyVerifier:
 
 
 async def create(store: ApiKeyStore, **changes: Any) -> tuple[str, Any]:
-    return await store.create(**{"name": "ci", "owner": "ada", "created_by": "root"} | changes)
+    owner = changes.pop("owner", "ada")
+    return await store.create(KeyTerms(**{"name": "ci"} | changes), owner=owner, by=ROOT)
 
 
 async def test_create_list_revoke(
     store: ApiKeyStore, verifier: ApiKeyVerifier, clock: Clock
 ) -> None:
     expires_at = utc_now() + timedelta(days=1)
-    permissions = {Permission.USER, Permission.AUDITOR}
+    permissions = frozenset({Permission.USER, Permission.AUDITOR})
     plain, key = await create(
-        store, models=["small"], permissions=permissions, expires_at=expires_at
+        store, models=frozenset({"small"}), permissions=permissions, expires_at=expires_at
     )
     await create(store, owner="bob")
     assert await store.list("ada") == [key]
     assert len(await store.list()) == 2
     assert plain not in repr(await store.list())
-    assert (key.permissions, key.models, key.expires_at) == (permissions, {"small"}, expires_at)
+    assert key.terms == KeyTerms(
+        name="ci", models=frozenset({"small"}), permissions=permissions, expires_at=expires_at
+    )
 
     principal = await verifier.verify(plain)
     assert (principal.id, principal.api_key_id, principal.models) == ("ada", key.id, {"small"})
 
-    assert await store.revoke(key.id)
-    assert await store.revoke(key.id)
-    assert not await store.revoke(new_id())
+    revoked = await store.revoke(key.id, by=ROOT)
+    assert await store.revoke(key.id, by=ROOT) == revoked
+    with pytest.raises(NotFound):
+        await store.revoke(new_id(), by=ROOT)
     clock.time += 1.01
     with pytest.raises(AuthenticationFailed):
         await verifier.verify(plain)
@@ -217,7 +175,7 @@ async def test_authenticator_from_settings(database: PostgresSettings, store: Ap
 async def test_lookup_uses_the_index(pool: LazyPool) -> None:
     async with pool.connection() as connection:
         await connection.execute("SET enable_seqscan = off")
-        plan = await connection.fetch(f"EXPLAIN {FIND_KEYS}", ["a", "b"])
+        plan = await connection.fetch(f"EXPLAIN {query('find')}", ["a", "b"])
     assert any("api_keys_prefix_key" in row[0] for row in plan)
 
 
@@ -235,7 +193,7 @@ async def test_missing_table_is_an_outage_not_a_crash(
 async def test_the_principal_of_a_key_can_be_recorded(
     store: ApiKeyStore, verifier: ApiKeyVerifier
 ) -> None:
-    plain, key = await store.create(name="k", owner="ada", created_by="test")
+    plain, key = await create(store)
     principal = await verifier.verify(plain)
     record = RequestRecord(
         id=new_id(),

@@ -23,7 +23,7 @@ from serve_app.batches.rotation import Rotation
 from serve_app.batches.validation import MAX_ERRORS, LineChecker, LineSplitter
 from serve_app.batches.verdict import MAX_ATTEMPTS, MAX_WAIT_S, Finished, Postponed, judge
 from serve_app.completions.collected import Answered
-from serve_app.config import GatewayConfig
+from serve_app.config import GatewayConfig, LimitPolicy
 from serve_app.identity.principal import Permission, Principal
 from serve_app.records import PrincipalKind
 
@@ -255,6 +255,9 @@ def test_a_principal_comes_back_as_it_was() -> None:
         models=None,
         api_key_id=uuid.uuid4(),
         roles=frozenset({"x"}),
+        groups=frozenset({"team-a"}),
+        client_id="console",
+        limits=LimitPolicy(requests_per_minute=3),
     )
     for one in (ADA, key):
         assert principal_from_json(principal_to_json(one)) == one
