@@ -11,7 +11,7 @@ import io
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -42,7 +42,8 @@ from serve_app.errors import (
 )
 from serve_app.fake_engine import FakeEngine, FakeEngineConfig
 from serve_app.http_app import Check, create_app
-from serve_app.identity.principal import Permission, Principal
+from serve_app.identity.authenticator import build_authenticator
+from serve_app.identity.principal import Authenticator, Permission, Principal
 from serve_app.lazy_pool import LazyPool, Pool, build_pool
 from serve_app.limits.book import LimitBook
 from serve_app.metrics import NoMetrics
@@ -50,7 +51,7 @@ from serve_app.queueing.pool import QueuedPool
 from serve_app.records import PrincipalKind, RequestRecord
 from serve_app.replica import LeaseBook, LeaseDoor, ReplicaServer, Slot
 from serve_app.request_line import RequestLines
-from serve_app.settings import PostgresSettings
+from serve_app.settings import PostgresSettings, load_settings
 
 HOST = "127.0.0.1"
 KEY = "key-of-a-user"
@@ -257,18 +258,21 @@ class RecordList:
 
 
 class FakeAuthenticator:
-    """Knows `KEY`, and the keys that a test adds."""
+    """Knows `KEY`, and the keys that a test adds; or a real one stands `behind` it."""
 
     def __init__(self) -> None:
         self.gate = Gate()
         self.error: Exception | None = None
         self.principals = {KEY: principal("user-1")}
+        self.behind: Authenticator | None = None
 
     async def authenticate(self, authorization: str | None) -> Principal:
         """See `Authenticator.authenticate`."""
         await self.gate.passed()
         if self.error is not None:
             raise self.error
+        if self.behind is not None:
+            return await self.behind.authenticate(authorization)
         found = self.principals.get((authorization or "").removeprefix("Bearer "))
         if found is None:
             raise AuthenticationFailed
@@ -430,6 +434,19 @@ async def world(
     finally:
         await made.gateway.close()
         await asyncio.gather(*(server.stop() for server in servers))
+
+
+@asynccontextmanager
+async def signed_in_by(environ: Mapping[str, str]) -> AsyncIterator[World]:
+    """Serve a gateway whose callers are checked as the settings in `environ` say."""
+    authenticator = build_authenticator(load_settings(environ))
+    async with world() as made:
+        made.authenticator.behind = authenticator
+        authenticator.start()
+        try:
+            yield made
+        finally:
+            await authenticator.close()
 
 
 def client(of: World, *, connections: int = 100) -> httpx.AsyncClient:
