@@ -166,7 +166,12 @@ def test_every_nginx_variable_is_documented() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_every_variable_that_is_named_exists(page: Path) -> None:
-    files = [*PROJECT.glob("serve_app/**/*.py"), PROJECT / ".ci" / "setup", PROJECT / "Makefile"]
+    files = [
+        *PROJECT.glob("serve_app/**/*.py"),
+        *PROJECT.glob("k8s-free-compose/**/*.sh"),
+        PROJECT / ".ci" / "setup",
+        PROJECT / "Makefile",
+    ]
     code = set(ENVIRONMENT.findall(" ".join(file.read_text(encoding="utf-8") for file in files)))
     named = {name.removesuffix("_FILE") for name in ENVIRONMENT.findall(page.read_text("utf-8"))}
     assert named <= code
