@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import time
+import sys
 import uuid
 from collections.abc import Sequence
 
 from ray import serve
 
 from serve_app.contracts import Allowance, LimitState, Reservation, Scope, Settlement
-from serve_app.limits.book import LimitBook
+from serve_app.errors import LimitsUnavailable
+from serve_app.lazy_pool import build_pool
+from serve_app.limits.journal import Journal
+from serve_app.limits.keeping import LimitKeeping
+from serve_app.limits.usage_store import UsageStore
+from serve_app.log_setup import log_as_json
+from serve_app.settings import load_settings
 
 
 @serve.deployment(
@@ -18,32 +24,56 @@ from serve_app.limits.book import LimitBook
     # While it is away nobody is served: a dead replica is to be found soon.
     health_check_period_s=2,
     health_check_timeout_s=10,
+    # A line for each call would cost more than the call.
+    logging_config={"enable_access_log": False},
 )
 class Limits:
-    """A LimitBook behind Serve. Every method is one step without waiting, so calls are atomic."""
+    """`LimitKeeping` behind Serve."""
 
-    def __init__(self) -> None:
-        self._book = LimitBook(time.monotonic, time.time)
+    # Serve awaits a constructor that is a coroutine.
+    async def __init__(self) -> None:  # type: ignore[misc]
+        """Open the journal; PostgreSQL need not be there.
+
+        Raises:
+            ConfigError: a setting is wrong, or the journal cannot be opened.
+        """
+        log_as_json(sys.stdout)
+        settings = load_settings()
+        pool = build_pool(
+            settings.postgres,
+            application_name="comp-ai-limits",
+            max_size=1,
+            unavailable=LimitsUnavailable,
+            name="limits",
+        )
+        journal = Journal(settings.service.home_path / "limits")
+        self._limits = LimitKeeping(journal, UsageStore(pool))
+        await self._limits.start()
 
     async def reserve(self, reservation: Reservation) -> Allowance:
-        """See `LimitBook.reserve`."""
-        return self._book.reserve(reservation)
+        """See `LimitKeeping.reserve`."""
+        return await self._limits.reserve(reservation)
 
     async def settle(self, settlement: Settlement) -> None:
-        """See `LimitBook.settle`."""
-        self._book.settle(settlement)
+        """See `LimitKeeping.settle`."""
+        await self._limits.settle(settlement)
 
     async def renew(self, held: Sequence[uuid.UUID]) -> list[uuid.UUID]:
-        """See `LimitBook.renew`; also drops what has expired."""
-        unknown = self._book.renew(held)
-        self._book.sweep()
-        return unknown
+        """See `LimitKeeping.renew`."""
+        return await self._limits.renew(held)
 
-    async def adopt(self, reservations: Sequence[Settlement]) -> None:
-        """See `LimitBook.adopt`."""
-        for one in reservations:
-            self._book.adopt(one.id, one.accounts, one.spent)
+    async def adopt(self, held: Sequence[Settlement]) -> None:
+        """See `LimitKeeping.adopt`."""
+        await self._limits.adopt(held)
 
     async def standing(self, scopes: Sequence[Scope]) -> list[LimitState]:
-        """See `LimitBook.standing`."""
-        return self._book.standing(scopes)
+        """See `LimitKeeping.standing`."""
+        return await self._limits.standing(scopes)
+
+    async def check_health(self) -> None:
+        """Raise LimitsBroken where the limits are kept no more: Serve then replaces us."""
+        self._limits.check()
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica stops."""
+        await self._limits.close()

@@ -402,9 +402,12 @@ class LimitsUnavailable(Unavailable):
     """The limits cannot be checked now. Try again later."""
 
     code = "limits_unavailable"
-    cause = "the Limits replica did not answer within 10 s"
+    cause = (
+        "the Limits replica did not answer within 10 s, or cannot write its journal; or it is new "
+        "on its node, and PostgreSQL cannot tell it what was used of a budget"
+    )
     remedy = "wait"
-    retry_after = "10"
+    retry_after = "10, or 5 where PostgreSQL is waited for"
 
 
 class StoreUnavailable(Unavailable):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
+from typing import NamedTuple
 
 from serve_app.contracts import Limit, LimitState, Reason, Refusal, Scope, Spent, Window
-from serve_app.limits.periods import Period
+from serve_app.limits.periods import Period, Today, utc
 from serve_app.limits.window import WINDOW_S, SlidingWindow
 
 # Where nothing is known yet of how long the requests of an account take.
@@ -50,31 +50,32 @@ class Totals:
     day: Used = field(default_factory=Used)
     month: Used = field(default_factory=Used)
 
-    def roll(self, moment: datetime) -> None:
-        """Begin the day and the month of `moment`, unless they have begun."""
-        self.day.roll(Period.DAY.key(moment))
-        self.month.roll(Period.MONTH.key(moment))
+    def roll(self, today: Today) -> None:
+        """Begin this day and this month, unless they have begun."""
+        self.day.roll(today.day)
+        self.month.roll(today.month)
 
     def named(self, period: str) -> Used | None:
         """Return what was used in `period`; None if it is another one."""
         return next((used for used in (self.day, self.month) if used.period == period), None)
 
-    def add(self, spent: Spent, moment: datetime | None = None) -> None:
-        """Count `spent`, at `moment` or now."""
-        for used in self._of(moment):
+    def add(self, spent: Spent, then: Today) -> None:
+        """Count `spent` of `then`, where that is not over."""
+        for used in self._of(then):
             used.tokens += spent.tokens
             used.cost_micros += spent.cost_micros
 
-    def take_back(self, spent: Spent, moment: datetime) -> None:
-        """Count `spent` of `moment` no more; of a period that is over nothing is taken back."""
-        for used in self._of(moment):
+    def take_back(self, spent: Spent, then: Today) -> None:
+        """Count `spent` of `then` no more; of a period that is over nothing is taken back."""
+        for used in self._of(then):
             used.tokens -= spent.tokens
             used.cost_micros -= spent.cost_micros
 
-    def _of(self, moment: datetime | None) -> Iterator[Used]:
-        for period, used in ((Period.DAY, self.day), (Period.MONTH, self.month)):
-            if moment is None or used.period == period.key(moment):
-                yield used
+    def _of(self, then: Today) -> Iterator[Used]:
+        if self.day.period == then.day:
+            yield self.day
+        if self.month.period == then.month:
+            yield self.month
 
 
 @dataclass(slots=True)
@@ -128,8 +129,7 @@ class Account:
         return left_s if left_s > 0 else self.duration_s / len(self.held)
 
 
-@dataclass(frozen=True, slots=True)
-class _Meter:
+class Meter(NamedTuple):
     """One limit: what it allows, what was used of it, what is reserved, what is asked."""
 
     limit: Limit
@@ -140,11 +140,8 @@ class _Meter:
 
     @property
     def left(self) -> int:
+        """What may still be asked for."""
         return max(0, self.allowed - self.used - self.reserved)
-
-    @property
-    def granted(self) -> bool:
-        return not self.asked or self.used + self.reserved + self.asked <= self.allowed
 
 
 _PERIODS = {
@@ -155,47 +152,46 @@ _PERIODS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Desk:
-    """A scope before its account at one moment: `now` of the windows, `moment` of the periods."""
+    """A scope before its account at one moment: `now` of the windows, `wall_s` of the periods."""
 
     scope: Scope
     account: Account
     totals: Totals
     now: float
-    moment: datetime
+    wall_s: float
+
+    def meter(self, limit: Limit) -> Meter | None:
+        """Return how `limit` stands, if there is one."""
+        row = _ROWS[limit]
+        allowed: int | None = getattr(self.scope, row.name)
+        if allowed is None:
+            return None
+        return Meter(limit, allowed, *row.read(self.account, self.totals), 0)
 
     def refusals(self, most: Spent) -> Iterator[Refusal]:
         """Yield why a request that may use `most` is not granted; nothing if it is."""
-        for meter in self._meters(most, requests=1):
-            if not meter.granted:
-                yield self._refusal(meter)
+        for limit, row in _ROWS.items():
+            allowed: int | None = getattr(self.scope, row.name)
+            # Nothing is asked of a limit of tokens by a request that uses none.
+            if allowed is None or not (asked := row.asked(most)):
+                continue
+            used, reserved = row.read(self.account, self.totals)
+            if used + reserved + asked > allowed:
+                yield self._refusal(Meter(limit, allowed, used, reserved, asked))
 
-    def states(self) -> list[LimitState]:
-        """Return every limit of the scope as it stands."""
-        return [
-            LimitState(scope=self.scope.label, limit=meter.limit, window=self._window(meter))
-            for meter in self._meters(NOTHING, requests=0)
-        ]
+    def states(self) -> Iterator[LimitState]:
+        """Yield every limit of the scope as it stands."""
+        for limit in _ROWS:
+            if (meter := self.meter(limit)) is not None:
+                yield LimitState(scope=self.scope.label, limit=limit, window=self.window(meter))
 
-    def _meters(self, most: Spent, *, requests: int) -> Iterator[_Meter]:
-        account, totals = self.account, self.totals
-        tokens = (account.reserved_tokens, most.tokens)
-        micros = (account.reserved_micros, most.cost_micros)
-        for limit, used, reserved, asked in (
-            (Limit.REQUESTS_PER_MINUTE, account.requests.total, 0, requests),
-            (Limit.TOKENS_PER_MINUTE, account.tokens.total, *tokens),
-            (Limit.CONCURRENCY, 0, len(account.held), requests),
-            (Limit.TOKENS_PER_DAY, totals.day.tokens, *tokens),
-            (Limit.TOKENS_PER_MONTH, totals.month.tokens, *tokens),
-            (Limit.COST_PER_DAY, totals.day.cost_micros, *micros),
-            (Limit.COST_PER_MONTH, totals.month.cost_micros, *micros),
-        ):
-            allowed: int | None = getattr(self.scope, limit)
-            if allowed is not None:
-                yield _Meter(limit, allowed, used, reserved, asked)
+    def window(self, meter: Meter) -> Window:
+        """Return what is told of a limit."""
+        return Window(limit=meter.allowed, remaining=meter.left, reset_s=self._reset_s(meter))
 
-    def _refusal(self, meter: _Meter) -> Refusal:
+    def _refusal(self, meter: Meter) -> Refusal:
         reason, retry_after_s = self._reason(meter)
         return Refusal(
             reason=reason,
@@ -207,31 +203,28 @@ class Desk:
             retry_after_s=retry_after_s,
         )
 
-    def _reason(self, meter: _Meter) -> tuple[Reason, float]:
+    def _reason(self, meter: Meter) -> tuple[Reason, float]:
         if meter.asked > meter.allowed:
             return Reason.TOO_LARGE, 0.0
         one_ends_s = self.account.until_one_ends_s(self.now)
         if (period := _PERIODS.get(meter.limit)) is None:
             return Reason.BUSY, self._until_freed_s(meter, one_ends_s)
-        ends_s = period.ends_in_s(self.moment)
+        ends_s = period.ends_in_s(utc(self.wall_s))
         if meter.used + meter.asked <= meter.allowed:
             # Only what is reserved stands in the way, most of which is given back.
             return Reason.BUSY, min(one_ends_s, ends_s)
         return Reason.SPENT, ends_s
 
-    def _until_freed_s(self, meter: _Meter, one_ends_s: float) -> float:
+    def _until_freed_s(self, meter: Meter, one_ends_s: float) -> float:
         missing = meter.used + meter.reserved + meter.asked - meter.allowed
         freed_s = None
         if (window := self._window_of(meter.limit)) is not None:
             freed_s = window.freed_in_s(self.now, missing)
         return one_ends_s if freed_s is None else freed_s
 
-    def _window(self, meter: _Meter) -> Window:
-        return Window(limit=meter.allowed, remaining=meter.left, reset_s=self._reset_s(meter))
-
-    def _reset_s(self, meter: _Meter) -> float:
+    def _reset_s(self, meter: Meter) -> float:
         if (period := _PERIODS.get(meter.limit)) is not None:
-            return period.ends_in_s(self.moment)
+            return period.ends_in_s(utc(self.wall_s))
         if (window := self._window_of(meter.limit)) is None:
             return self.account.until_one_ends_s(self.now) if meter.reserved else 0.0
         # What is under way leaves the window 60 s after its end.
@@ -241,3 +234,58 @@ class Desk:
         if limit is Limit.REQUESTS_PER_MINUTE:
             return self.account.requests
         return self.account.tokens if limit is Limit.TOKENS_PER_MINUTE else None
+
+
+class _Row(NamedTuple):
+    """How one limit is read: its field of a scope, what was used and what is reserved of it, and
+    what a request that may use so much asks of it."""
+
+    name: str
+    read: Callable[[Account, Totals], tuple[int, int]]
+    asked: Callable[[Spent], int]
+
+
+def _one(_: Spent) -> int:
+    return 1
+
+
+def _tokens(most: Spent) -> int:
+    return most.tokens
+
+
+def _micros(most: Spent) -> int:
+    return most.cost_micros
+
+
+# By name, because a request passes all of them: an enum's `value` is slow.
+_ROWS: dict[Limit, _Row] = {
+    Limit.REQUESTS_PER_MINUTE: _Row(
+        "requests_per_minute", lambda account, _: (account.requests.total, 0), _one
+    ),
+    Limit.TOKENS_PER_MINUTE: _Row(
+        "tokens_per_minute",
+        lambda account, _: (account.tokens.total, account.reserved_tokens),
+        _tokens,
+    ),
+    Limit.CONCURRENCY: _Row("concurrency", lambda account, _: (0, len(account.held)), _one),
+    Limit.TOKENS_PER_DAY: _Row(
+        "tokens_per_day",
+        lambda account, totals: (totals.day.tokens, account.reserved_tokens),
+        _tokens,
+    ),
+    Limit.TOKENS_PER_MONTH: _Row(
+        "tokens_per_month",
+        lambda account, totals: (totals.month.tokens, account.reserved_tokens),
+        _tokens,
+    ),
+    Limit.COST_PER_DAY: _Row(
+        "cost_per_day",
+        lambda account, totals: (totals.day.cost_micros, account.reserved_micros),
+        _micros,
+    ),
+    Limit.COST_PER_MONTH: _Row(
+        "cost_per_month",
+        lambda account, totals: (totals.month.cost_micros, account.reserved_micros),
+        _micros,
+    ),
+}

@@ -11,7 +11,6 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 
 from serve_app.contracts import (
     Allowance,
@@ -26,7 +25,7 @@ from serve_app.contracts import (
     Window,
 )
 from serve_app.limits.account import NOTHING, Account, Desk, Totals
-from serve_app.limits.periods import Period, utc
+from serve_app.limits.periods import Today
 from serve_app.limits.window import WINDOW_S
 
 # A settle can overtake its reserve on the way here; the id is remembered for this long.
@@ -124,7 +123,8 @@ class LimitBook:
         self._held: OrderedDict[uuid.UUID, _Held] = OrderedDict()
         self._settled_s: OrderedDict[uuid.UUID, float] = OrderedDict()
         self._expired: OrderedDict[uuid.UUID, _Expired] = OrderedDict()
-        self._changed: dict[tuple[str, str], PeriodTotal] = {}
+        # Accounts whose totals have changed since they were last taken.
+        self._changed: set[str] = set()
 
     def reserve(self, reservation: Reservation) -> Allowance:
         """Grant a reservation or say why not. A repeated id is granted once."""
@@ -136,11 +136,10 @@ class LimitBook:
             refusal = _strictest(desks, reservation.most)
             if refusal is None:
                 self._grant(reservation, now)
-        states = [state for desk in desks for state in desk.states()]
         return Allowance(
             refusal=refusal,
-            requests=_tightest(states, Limit.REQUESTS_PER_MINUTE),
-            tokens=_tightest(states, Limit.TOKENS_PER_MINUTE),
+            requests=_tightest(desks, Limit.REQUESTS_PER_MINUTE),
+            tokens=_tightest(desks, Limit.TOKENS_PER_MINUTE),
         )
 
     def settle(self, settlement: Settlement) -> None:
@@ -154,6 +153,10 @@ class LimitBook:
         self._settled_s[settlement.id] = now
         self._spend(settlement.accounts, settlement.spent, now)
         self._note_end(settlement.id, settlement.accounts, settlement.spent)
+
+    def undo(self, reservation_id: uuid.UUID) -> None:
+        """Let go of a reservation as if it had not been granted; its place in a minute is used."""
+        self._release(reservation_id, self._clock_s())
 
     def renew(self, held: Iterable[uuid.UUID]) -> list[uuid.UUID]:
         """Note that what a gateway lists is under way; return what is not known to be.
@@ -202,9 +205,9 @@ class LimitBook:
             account.trim(now)
             if account.idle:
                 del self._accounts[key]
-        month = Period.MONTH.key(utc(self._wall_s()))
+        month = Today.at(self._wall_s()).month
         for key, totals in list(self._totals.items()):
-            if totals.month.period < month:
+            if totals.month.period < month and key not in self._changed:
                 del self._totals[key]
 
     # What was before, and what is to be kept.
@@ -233,10 +236,10 @@ class LimitBook:
 
     def merge(self, totals: Iterable[PeriodTotal]) -> list[PeriodTotal]:
         """Count at least `totals` in the periods that they are of; return what that adds."""
-        moment = utc(self._wall_s())
+        today = Today.at(self._wall_s())
         added = []
         for total in totals:
-            used = self._rolled(total.account, moment).named(total.period)
+            used = self._rolled(total.account, today).named(total.period)
             if used is None:
                 continue
             more = used.raise_to(total.spent)
@@ -246,25 +249,33 @@ class LimitBook:
 
     def take_changed(self) -> list[PeriodTotal]:
         """Return the totals that have changed since this was asked."""
-        changed, self._changed = self._changed, {}
-        return list(changed.values())
+        changed, self._changed = self._changed, set()
+        return [
+            PeriodTotal(
+                account=key,
+                period=used.period,
+                spent=Spent(tokens=used.tokens, cost_micros=used.cost_micros),
+            )
+            for key in changed
+            for used in (self._totals[key].day, self._totals[key].month)
+        ]
 
     def put_back(self, totals: Iterable[PeriodTotal]) -> None:
-        """Return totals that could not be kept, unless they have changed again."""
-        for total in totals:
-            self._changed.setdefault((total.account, total.period), total)
+        """Note that totals could not be kept."""
+        self._changed.update(total.account for total in totals)
 
     # Steps.
 
     def _desks(self, scopes: Sequence[Scope], now: float) -> list[Desk]:
-        moment = utc(self._wall_s())
+        wall_s = self._wall_s()
+        today = Today.at(wall_s)
         desks = []
         for scope in scopes:
             account = self._account(scope.key)
             account.trim(now)
             totals = self._totals.get(scope.key) or Totals()
-            totals.roll(moment)
-            desks.append(Desk(scope, account, totals, now, moment))
+            totals.roll(today)
+            desks.append(Desk(scope, account, totals, now, wall_s))
         return desks
 
     def _account(self, key: str) -> Account:
@@ -272,10 +283,10 @@ class LimitBook:
             self._accounts[key] = Account()
         return self._accounts[key]
 
-    def _rolled(self, key: str, moment: datetime) -> Totals:
+    def _rolled(self, key: str, today: Today) -> Totals:
         if key not in self._totals:
             self._totals[key] = Totals()
-        self._totals[key].roll(moment)
+        self._totals[key].roll(today)
         return self._totals[key]
 
     def _grant(self, reservation: Reservation, now: float) -> None:
@@ -303,41 +314,35 @@ class LimitBook:
         return held
 
     def _spend(self, accounts: Iterable[str], spent: Spent, now: float) -> None:
-        moment = utc(self._wall_s())
+        if not spent.tokens and not spent.cost_micros:
+            return
+        today = Today.at(self._wall_s())
         for key in accounts:
-            if spent.tokens:
-                self._account(key).tokens.add(now, spent.tokens)
-            if spent != NOTHING:
-                totals = self._rolled(key, moment)
-                totals.add(spent)
-                self._note_totals(key, totals)
+            self._account(key).tokens.add(now, spent.tokens)
+            totals = self._rolled(key, today)
+            totals.add(spent, today)
+            self._changed.add(key)
 
     def _take_back(self, expired: _Expired, now: float) -> None:
-        then = utc(self._wall_s() - (now - expired.at_s))
+        then = Today.at(self._wall_s() - (now - expired.at_s))
         for key in expired.accounts:
             self._account(key).tokens.take_back(expired.at_s, expired.spent.tokens)
             if (totals := self._totals.get(key)) is not None:
                 totals.take_back(expired.spent, then)
-                self._note_totals(key, totals)
-
-    def _note_totals(self, key: str, totals: Totals) -> None:
-        for used in (totals.day, totals.month):
-            spent = Spent(tokens=used.tokens, cost_micros=used.cost_micros)
-            total = PeriodTotal(account=key, period=used.period, spent=spent)
-            self._changed[key, used.period] = total
+                self._changed.add(key)
 
     def _restore_end(self, end: Ended, at_s: float, now: float) -> None:
         if end.expired:
             self._expired[end.id] = _Expired(end.accounts, end.spent, at_s)
         else:
             self._settled_s[end.id] = at_s
-        moment, then = utc(self._wall_s()), utc(end.at_s)
+        today, then = Today.at(self._wall_s()), Today.at(end.at_s)
         for key in end.accounts:
             if now - at_s < WINDOW_S:
                 self._account(key).tokens.add(at_s, end.spent.tokens)
-            totals = self._rolled(key, moment)
+            totals = self._rolled(key, today)
             totals.add(end.spent, then)
-            self._note_totals(key, totals)
+            self._changed.add(key)
 
     def _expire(self, now: float) -> None:
         while self._settled_s and now - next(iter(self._settled_s.values())) >= TOMBSTONE_S:
@@ -386,6 +391,10 @@ def _strictest(desks: Iterable[Desk], most: Spent) -> Refusal | None:
     return max(refusals, key=lambda r: (r.reason is Reason.TOO_LARGE, r.retry_after_s))
 
 
-def _tightest(states: Iterable[LimitState], limit: Limit) -> Window | None:
-    windows = [state.window for state in states if state.limit is limit]
-    return min(windows, key=lambda window: window.remaining, default=None)
+def _tightest(desks: Iterable[Desk], limit: Limit) -> Window | None:
+    meters = ((desk, desk.meter(limit)) for desk in desks)
+    limited = [(desk, meter) for desk, meter in meters if meter is not None]
+    if not limited:
+        return None
+    desk, meter = min(limited, key=lambda one: one[1].left)
+    return desk.window(meter)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import Self
+
+_DAY_S = 86_400
 
 
 class Period(enum.StrEnum):
@@ -23,6 +28,25 @@ class Period(enum.StrEnum):
             return (midnight + timedelta(days=1) - moment).total_seconds()
         next_month = (midnight.replace(day=1) + timedelta(days=32)).replace(day=1)
         return (next_month - moment).total_seconds()
+
+
+@dataclass(frozen=True, slots=True)
+class Today:
+    """The day and the month of UTC that hold a moment, by name."""
+
+    day: str
+    month: str
+
+    @classmethod
+    def at(cls, wall_s: float) -> Self:
+        """Return those that hold `wall_s`, in seconds since 1970."""
+        return cls._of(int(wall_s // _DAY_S))
+
+    @classmethod
+    @lru_cache(maxsize=8)
+    def _of(cls, days: int) -> Self:
+        moment = utc(days * _DAY_S)
+        return cls(Period.DAY.key(moment), Period.MONTH.key(moment))
 
 
 def utc(wall_s: float) -> datetime:

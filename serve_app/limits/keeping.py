@@ -1,0 +1,189 @@
+"""The limits of an installation: the book, with its journal and PostgreSQL behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable, Sequence
+
+from serve_app.contracts import Allowance, LimitState, Reservation, Scope, Settlement
+from serve_app.errors import CompAIError, LimitsUnavailable
+from serve_app.limits.book import Change, Granted, LimitBook, PeriodTotal
+from serve_app.limits.journal import Journal
+from serve_app.limits.periods import utc
+from serve_app.limits.usage_store import UsageStore
+
+logger = logging.getLogger(__name__)
+
+_KEEP_EVERY_S = 5.0
+_FORGET_EVERY_S = 24 * 3600.0
+# Rows of one statement, so that it ends in the time that the pool gives it.
+_STORED_AT_ONCE = 5000
+
+
+class LimitsBroken(CompAIError):
+    """The limits stopped being kept, and must be replaced."""
+
+
+class LimitKeeping:
+    """Answers nothing that would not outlive this process.
+
+    The book decides in one step without waiting; then the journal is written, many answers in one
+    commit, and only then the answer is given.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        store: UsageStore,
+        *,
+        clock_s: Callable[[], float] = time.monotonic,
+        wall_s: Callable[[], float] = time.time,
+    ) -> None:
+        self._journal = journal
+        self._store = store
+        self._wall_s = wall_s
+        self._changes: list[Change] = []
+        self._book = LimitBook(clock_s, wall_s, note=self._changes.append)
+        self._journal_id = uuid.UUID(int=0)
+        # Whether what was used before, or elsewhere, was read.
+        self._merged = False
+        # What that adds to the journal.
+        self._taken_over: list[PeriodTotal] = []
+        # Whether the journal knows what was used until now.
+        self._complete = False
+        self._forgot_s = 0.0
+        self._keeping: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Read the journal, and PostgreSQL if it is there; begin to keep both up to date.
+
+        Raises:
+            ConfigError: the journal cannot be opened, or another process holds it.
+        """
+        await self._journal.open()
+        self._journal_id, fresh = await self._journal.identify()
+        self._complete = not fresh
+        self._book.restore(*await self._journal.read())
+        await self._merge()
+        self._keeping = asyncio.create_task(self._keep_for_ever(), name="keep-limits")
+
+    async def close(self) -> None:
+        """Keep what has changed, and close."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.wait([self._keeping])
+            await self._keep()
+        await self._store.close()
+        await self._journal.close()
+
+    def check(self) -> None:
+        """Raise LimitsBroken where the journal or the task that keeps it is dead."""
+        if self._keeping is None:
+            raise LimitsBroken("The limits were not started.")
+        if self._keeping.done():
+            cause = None if self._keeping.cancelled() else self._keeping.exception()
+            name = type(cause).__name__ if cause else "cancelled"
+            raise LimitsBroken(f"The limits are kept no more: {name}.") from cause
+        if not self._journal.alive:
+            raise LimitsBroken("The journal of the limits ended.")
+
+    async def reserve(self, reservation: Reservation) -> Allowance:
+        """See `LimitBook.reserve`.
+
+        Raises:
+            LimitsUnavailable: the journal cannot be written; or there is a budget, and what was
+                used of it before is not known yet.
+        """
+        if not self._complete and any(scope.has_budget for scope in reservation.scopes):
+            raise LimitsUnavailable(retry_after_s=_KEEP_EVERY_S)
+        allowance = self._book.reserve(reservation)
+        try:
+            await self._write()
+        except LimitsUnavailable:
+            self._undo(reservation.id)
+            raise
+        return allowance
+
+    async def settle(self, settlement: Settlement) -> None:
+        """See `LimitBook.settle`. Raises LimitsUnavailable: tell it again."""
+        self._book.settle(settlement)
+        await self._write()
+
+    async def renew(self, held: Sequence[uuid.UUID]) -> list[uuid.UUID]:
+        """See `LimitBook.renew`."""
+        return self._book.renew(held)
+
+    async def adopt(self, held: Sequence[Settlement]) -> None:
+        """See `LimitBook.adopt`; what each of `held` has spent is what it may use at most."""
+        for one in held:
+            self._book.adopt(one.id, one.accounts, one.spent)
+        await self._write()
+
+    async def standing(self, scopes: Sequence[Scope]) -> list[LimitState]:
+        """See `LimitBook.standing`."""
+        return self._book.standing(scopes)
+
+    async def _write(self) -> None:
+        """Return once every change of the book until now is in the journal."""
+        if not self._changes:
+            return
+        changes = self._changes.copy()
+        self._changes.clear()
+        try:
+            await self._journal.write(changes)
+        except LimitsUnavailable:
+            # With the next ones; order matters only between those of one reservation.
+            self._changes[:0] = changes
+            raise
+
+    def _undo(self, reservation_id: uuid.UUID) -> None:
+        """Let go of a reservation whose grant could not be written."""
+        self._book.undo(reservation_id)
+        self._changes[:] = [
+            change
+            for change in self._changes
+            if not (isinstance(change, Granted) and change.id == reservation_id)
+        ]
+
+    async def _keep_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(_KEEP_EVERY_S)
+            await self._keep()
+
+    async def _keep(self) -> None:
+        self._book.sweep()
+        try:
+            await self._write()
+            await self._journal.fold(self._wall_s())
+        except LimitsUnavailable:
+            logger.warning("the journal of the limits cannot be written")
+        await self._merge()
+        await self._store_totals()
+
+    async def _merge(self) -> None:
+        """Take over what others have used, once: a journal of another node, or of before."""
+        if self._merged:
+            return
+        try:
+            totals = await self._store.others(self._journal_id, utc(self._wall_s()))
+            self._taken_over += self._book.merge(totals)
+            await self._journal.add(self._taken_over)
+        except LimitsUnavailable:
+            return
+        self._merged = self._complete = True
+
+    async def _store_totals(self) -> None:
+        if not self._merged:
+            return
+        totals = self._book.take_changed()
+        try:
+            for start in range(0, len(totals), _STORED_AT_ONCE):
+                await self._store.keep(self._journal_id, totals[start : start + _STORED_AT_ONCE])
+            if time.monotonic() >= self._forgot_s:
+                await self._store.forget(utc(self._wall_s()))
+                self._forgot_s = time.monotonic() + _FORGET_EVERY_S
+        except LimitsUnavailable:
+            self._book.put_back(totals)
