@@ -62,6 +62,12 @@ def test_every_model_on_offer_has_an_application_that_is_a_real_model(raw: dict[
         assert args.name == model.name, "the engine answers under the name that clients send"
 
 
+def test_the_context_is_that_of_the_engine(raw: dict[str, Any]) -> None:
+    for model in _gateway_config(raw).models:
+        engine = _apps(raw)[model.app]["args"]["engine"]
+        assert model.context_tokens == engine.get("max_model_len")
+
+
 def test_models_have_bounded_queues_and_autoscaling(raw: dict[str, Any]) -> None:
     for model in _gateway_config(raw).models:
         # Ray LLM makes the deployment's name of the model's.
