@@ -12,6 +12,8 @@ from serve_app.errors import AuthenticationFailed
 
 MAX_ATTEMPTS = 3
 MAX_WAIT_S = 60.0
+# A budget that is renewed in weeks may be raised before.
+_LONGEST_TOLD_S = 600.0
 _FIRST_WAIT_S = 1.0
 
 # For now: a limit, or a part that is away. Waiting for it costs none of the attempts.
@@ -61,7 +63,8 @@ EXPIRED = Finished(
 def judge(line: Line, answered: Answered) -> Verdict:
     """Decide what `answered` means for `line`."""
     if answered.status in _NOT_NOW:
-        delay_s = max(answered.retry_after_s or 0.0, backoff_s(line.waits))
+        told_s = min(answered.retry_after_s or 0.0, _LONGEST_TOLD_S)
+        delay_s = max(told_s, backoff_s(line.waits))
         return Postponed(attempts=line.attempts, waits=line.waits + 1, delay_s=delay_s)
     if answered.status >= 500 and line.attempts + 1 < MAX_ATTEMPTS:
         attempts = line.attempts + 1

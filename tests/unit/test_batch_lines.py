@@ -205,6 +205,12 @@ def test_a_refusal_for_now_costs_no_attempt(status: int) -> None:
         assert 1 <= later.delay_s <= MAX_WAIT_S
 
 
+def test_a_budget_that_is_renewed_in_weeks_is_asked_again_before() -> None:
+    later = judge(taken(), answered(429, retry_after_s=14 * 86_400))
+    assert isinstance(later, Postponed)
+    assert later.delay_s == 600
+
+
 @pytest.mark.parametrize("status", [500, 502, 504])
 def test_failures_of_the_engine_are_tried_again_and_then_kept(status: int) -> None:
     attempts = 0
