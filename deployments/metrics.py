@@ -16,6 +16,7 @@ from serve_app.errors import (
     QuotaExceeded,
     RateLimited,
 )
+from serve_app.identity.sign_ins import CredentialKind
 from serve_app.records import RequestRecord
 
 _DURATIONS_S = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600]
@@ -41,6 +42,9 @@ class RayGatewayMetrics:
         )
         self._queue_refused = Counter(
             "comp_ai_queue_refused", "Requests refused by a queue.", (*_LABELS, "code")
+        )
+        self._sign_ins_failed = Counter(
+            "comp_ai_sign_ins_failed", "Sign-ins that failed.", ("credential", "limited")
         )
         self._prompt_tokens = Counter("comp_ai_prompt_tokens", "Prompt tokens.", _LABELS)
         self._completion_tokens = Counter(
@@ -82,6 +86,10 @@ class RayGatewayMetrics:
             self._prompt_tokens.inc(record.prompt_tokens, labels)
         if record.completion_tokens:
             self._completion_tokens.inc(record.completion_tokens, labels)
+
+    def sign_in_failed(self, kind: CredentialKind, *, limited: bool) -> None:
+        """See `SignInMetrics.sign_in_failed`."""
+        self._sign_ins_failed.inc(1, {"credential": kind.value, "limited": str(limited).lower()})
 
     def request_retried(self, model_label: str) -> None:
         """Count it."""

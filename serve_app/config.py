@@ -380,6 +380,32 @@ class ResponsesConfig(_Config):
     )
 
 
+class KeysConfig(_Config):
+    """API keys that people make for themselves."""
+
+    max_per_owner: int = Field(
+        default=100, ge=0, le=100_000, description="Most valid keys of one owner."
+    )
+    max_overlap_s: int = Field(
+        default=7 * 24 * 3600,
+        ge=0,
+        le=366 * 24 * 3600,
+        description="Longest time that the earlier secrets of a rotated key stay valid.",
+    )
+
+
+class SignInConfig(_Config):
+    """Sign-ins that fail."""
+
+    failures_per_minute: int | None = Field(
+        default=60,
+        ge=1,
+        le=1_000_000,
+        description="Failures of one client address at one gateway, at once and anew in each "
+        "minute, before they are answered with 429. A good credential passes all the same.",
+    )
+
+
 class GatewayConfig(_Config):
     """The gateway's policy."""
 
@@ -411,6 +437,10 @@ class GatewayConfig(_Config):
     responses: ResponsesConfig = Field(
         default=ResponsesConfig(), description="Stored and background responses."
     )
+    keys: KeysConfig = Field(
+        default=KeysConfig(), description="API keys that people make for themselves."
+    )
+    sign_in: SignInConfig = Field(default=SignInConfig(), description="Sign-ins that fail.")
     bodies: Bodies = Field(
         default=Bodies.FULL, description="Keep prompts and answers in the log (full) or not (none)."
     )

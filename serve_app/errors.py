@@ -21,6 +21,7 @@
         ├── UnsupportedMediaType 415
         ├── IdempotencyMismatch  422
         ├── RateLimited          429
+        │   └── TooManyFailedSignIns
         │   └── QuotaExceeded
         ├── ClientGone           499    recorded, never sent
         │   └── SlowClient
@@ -178,8 +179,11 @@ class PermissionDenied(RequestError):
     status = 403
     type = "permission_error"
     code = "permission_denied"
-    cause = "the principal lacks `comp-ai:user`"
-    remedy = "ask for that role"
+    cause = (
+        "the principal lacks a permission that the message names; or a key is to do more than "
+        "who makes or changes it may do, and `param` names the field"
+    )
+    remedy = "ask for that role; give the key less"
 
 
 class NotFound(RequestError):
@@ -309,6 +313,18 @@ class QuotaExceeded(RateLimited):
     cause = "a budget of tokens or money for the day or the month has less left than it may take"
     remedy = "ask for fewer tokens where some are left, or wait until the budget is renewed"
     retry_after = "until the day or the month ends, in UTC"
+
+
+class TooManyFailedSignIns(RateLimited):
+    """Too many sign-ins from your address have failed. Correct the credential, then try again."""
+
+    code = "too_many_failed_sign_ins"
+    cause = (
+        "the credential is not valid, and so were more than `sign_in.failures_per_minute` others "
+        "from the same address; a good credential passes all the same"
+    )
+    remedy = "correct the credential"
+    retry_after: ClassVar[str | None] = "when another failure would be answered with 401 again"
 
 
 class ClientGone(RequestError):

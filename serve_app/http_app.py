@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from serve_app.batches.http import add_batches
 from serve_app.completions.kinds import Kind
+from serve_app.keys_api import add_keys
 from serve_app.openapi import DESCRIPTION, completed, completion_docs
 from serve_app.refusals import add_refusals
 from serve_app.responses_api import add_responses
@@ -51,6 +52,7 @@ def create_app(gateway: GetGateway, checks: Callable[[], list[Check]]) -> FastAP
     add_responses(app, gateway)
     _add_models(app, gateway)
     add_batches(app, gateway)
+    add_keys(app, gateway)
     _add_health(app, checks)
     _add_docs(app)
     add_refusals(app, gateway)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from serve_app.identity.sign_ins import CredentialKind, SignInMetrics
 from serve_app.records import RequestRecord
 
 
-class GatewayMetrics(Protocol):
-    """Receives every finished request."""
+class GatewayMetrics(SignInMetrics, Protocol):
+    """Receives every finished request, and every sign-in that failed."""
 
     def request_finished(self, record: RequestRecord, model_label: str) -> None:
         """Count `record`; `model_label` is a configured name, so its values are bounded."""
@@ -25,6 +26,9 @@ class GatewayMetrics(Protocol):
 
 class NoMetrics:
     """Counts nothing."""
+
+    def sign_in_failed(self, kind: CredentialKind, *, limited: bool) -> None:
+        """Do nothing."""
 
     def requests_waiting(self, app: str, requests: int) -> None:
         """Do nothing."""

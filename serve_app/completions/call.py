@@ -44,6 +44,7 @@ from serve_app.errors import (
     to_openai,
 )
 from serve_app.identity.principal import Permission, Principal
+from serve_app.identity.sign_ins import SignIns
 from serve_app.limits.headers import ratelimit_headers
 from serve_app.limits.scopes import scopes_of
 from serve_app.queueing.ticket import Ticket
@@ -71,11 +72,13 @@ class Call:
         on_behalf: OnBehalf | None = None,
         *,
         responses: Responses,
+        sign_ins: SignIns,
     ) -> None:
         self._config = config
         self._parts = parts
         self._spawn = spawn
         self._responses = responses
+        self._sign_ins = sign_ins
         self._keeping: Keeping | None = None
         self._request = request
         self._on_behalf = on_behalf
@@ -159,7 +162,11 @@ class Call:
         # Which one counts must not depend on who reads them.
         if len(headers) > 1:
             raise AuthenticationFailed("The Authorization header was sent more than once.")
-        return await self._parts.authenticator.authenticate(headers[0] if headers else None)
+        return await self._sign_ins.check(
+            headers[0] if headers else None,
+            self.exchange.client_address,
+            self._config.sign_in.failures_per_minute,
+        )
 
     def _standing(self, principal: Principal) -> Standing:
         if self._on_behalf is not None:
@@ -389,7 +396,9 @@ class Call:
             await self._reply.end_stream(self._trailer() + self._answer.body)
         else:
             headers = self._headers(self.exchange.elapsed_s)
-            await self._reply.whole(self._answer.body, headers, self._answer.media_type)
+            await self._reply.whole(
+                self._answer.body, {**headers, **self._answer.headers}, self._answer.media_type
+            )
 
     # Small things.
 

@@ -19,6 +19,7 @@ from serve_app.completions.parts import Document, Handler, OnBehalf, Parts
 from serve_app.config import GatewayConfig, ModelEntry
 from serve_app.errors import RequestError
 from serve_app.identity.principal import Principal
+from serve_app.identity.sign_ins import SignIns
 from serve_app.stored.responses import ResponseStore
 from serve_app.stored.service import Responses
 
@@ -36,6 +37,7 @@ class Gateway:
         # called inside a request to that request and cancels it along, which would take the
         # lease away before the engine could close its account. So they run in this context.
         self._context = contextvars.copy_context()
+        self._sign_ins = SignIns(parts.authenticator, parts.metrics)
         self.responses = Responses(ResponseStore(parts.database), self._make_response, self._spawn)
 
     async def complete(self, kind: Kind, request: Request, send: Send) -> None:
@@ -119,6 +121,7 @@ class Gateway:
             send,
             on_behalf,
             responses=self.responses,
+            sign_ins=self._sign_ins,
         )
 
     async def _make_response(self, on_behalf: OnBehalf, body: bytes, request_id: str) -> Answered:

@@ -164,7 +164,7 @@ class ApiKey:
 Check = Callable[[KeyTerms], None]
 
 
-def _anything(_terms: KeyTerms) -> None:
+def allow_anything(_terms: KeyTerms) -> None:
     """Allow every key."""
 
 
@@ -244,7 +244,7 @@ class ApiKeyStore:
         *,
         by: Actor,
         owner: str | None = None,
-        allow: Check = _anything,
+        check: Check = allow_anything,
     ) -> ApiKey:
         """Change the terms of a key that are named in `changes`.
 
@@ -258,7 +258,7 @@ class ApiKeyStore:
             _refuse_revoked(before)
             # An expiry that is past already and is not touched stays.
             _check_terms(terms, utc_now() if "expires_at" in changes else None)
-            allow(terms)
+            check(terms)
             row = await connection.fetchrow(
                 query("change"), key_id, terms.name, terms.note, *_scope(terms), terms.expires_at
             )
@@ -276,7 +276,7 @@ class ApiKeyStore:
         overlap: timedelta,
         by: Actor,
         owner: str | None = None,
-        allow: Check = _anything,
+        check: Check = allow_anything,
     ) -> tuple[str, ApiKey]:
         """Give a key a new secret; return it in plain, for the only time, and its row.
 
@@ -293,7 +293,7 @@ class ApiKeyStore:
             _refuse_revoked(before)
             if not before.is_valid(now):
                 raise InvalidRequest("The key has expired. Make a new one.", param="key_id")
-            allow(before.terms)
+            check(before.terms)
             await connection.execute(query("end_earlier"), key_id, now + overlap)
             await connection.execute(query("drop_ended"), key_id, now)
             row = await connection.fetchrow(query("renew"), key_id, prefix, secret_hash, now)

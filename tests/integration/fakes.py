@@ -342,6 +342,7 @@ class World:
         engine_app: ASGIApp | None,
         database: PostgresSettings | None,
         replicas: int,
+        authenticator: FakeAuthenticator | None,
     ) -> None:
         self.database = _no_database() if database is None else _pool(database)
         self.events: list[str] = []
@@ -351,7 +352,7 @@ class World:
         self.pool = FakePool(self.replica, *more)
         self.limits = BookKeeper()
         self.log = RecordList(self.events)
-        self.authenticator = FakeAuthenticator()
+        self.authenticator = authenticator or FakeAuthenticator()
         self.lines = io.StringIO()
         self.queue = QueuedPool(self.pool, NoMetrics())
         self.gateway = Gateway(config, self._parts())
@@ -417,6 +418,7 @@ async def world(
     engine_app: ASGIApp | None = None,
     database: PostgresSettings | None = None,
     replicas: int = 1,
+    authenticator: FakeAuthenticator | None = None,
     **config: Any,
 ) -> AsyncIterator[World]:
     """Serve a gateway and replicas until the block ends; `config` is the gateway's policy.
@@ -426,7 +428,7 @@ async def world(
     """
     models = [{"name": "small", "app": "model-small", "max_tokens": 2000}]
     policy = GatewayConfig.model_validate({"models": models, **config})
-    made = World(policy, speed, engine_app, database, replicas)
+    made = World(policy, speed, engine_app, database, replicas, authenticator)
     servers = (*(replica.server for replica in made.replicas), made.server)
     await asyncio.gather(*(server.start() for server in servers))
     try:

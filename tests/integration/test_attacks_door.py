@@ -181,3 +181,37 @@ async def test_no_second_request_hides_in_a_first(served: World, request_bytes: 
     assert all(status >= 400 for status, _ in answers)
     await until(lambda: any(record.request_id == "last" for record in served.records))
     assert "smuggled" not in [record.request_id for record in served.records]
+
+
+# Guessing.
+
+
+async def test_guessing_is_slowed_down_and_shuts_nobody_out() -> None:
+    async with world(sign_in={"failures_per_minute": 3}) as served:
+        with door(served) as port:
+
+            async def guess(*headers: str) -> tuple[int, str]:
+                [(status, body)] = await send(port, get(*headers))
+                return status, json.loads(body).get("error", {}).get("code", "")
+
+            guesses = [await guess(f"Authorization: Bearer cai-{n}") for n in range(5)]
+            assert (
+                guesses == [(401, "invalid_api_key")] * 3 + [(429, "too_many_failed_sign_ins")] * 2
+            )
+            # Behind the same address somebody else has a good credential, or none at all.
+            assert (await guess(BEARER))[0] == 200
+            assert (await guess())[0] == 401
+            # An address of one's own choice is no way around.
+            for name in ("X-Real-IP", "X-Forwarded-For"):
+                status, _ = await guess("Authorization: Bearer cai-x", f"{name}: 6.6.6.6")
+                assert status == 429
+        assert {record.client_address for record in served.records} == {"127.0.0.1"}
+
+
+async def test_a_guess_at_an_address_that_is_not_there_counts_too() -> None:
+    async with world(sign_in={"failures_per_minute": 1}) as limited:
+        with door(limited) as port:
+            wrong = "Authorization: Bearer cai-x"
+            for path in ("/v1/nothing", "/v1/models"):
+                [(status, _)] = await send(port, get(wrong, path=path))
+            assert status == 429

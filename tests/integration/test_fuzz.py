@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
 from serve_app.completions.kinds import ENDPOINTS, Kind
+from serve_app.settings import PostgresSettings
 from tests.integration.doors import door
 from tests.integration.fakes import AUTHORIZATION, KEY, World, client, until, world
 
@@ -199,6 +200,34 @@ async def test_any_value_in_any_parameter(kind: Kind) -> None:
 
     async with _open_world() as served:
         await _hunt(served, hunt)
+
+
+_KEY_BODIES: dict[str, dict[str, Any]] = {
+    "/v1/keys": {"name": "k", "note": "n", "models": ["small"], "limits": {"concurrency": 1}},
+    "/v1/keys/{id}": {"name": "k", "expires_at": None},
+    "/v1/keys/{id}/rotate": {"overlap_s": 1},
+}
+
+
+@pytest.mark.parametrize("address", _KEY_BODIES)
+async def test_any_value_in_a_key(database: PostgresSettings, address: str) -> None:
+    async with world(database=database, models=_models()) as served, client(served) as http:
+        made = (await http.post("/v1/keys", json={"name": "k"})).json()
+        path = address.replace("{id}", made["id"])
+        names = sorted({*_KEY_BODIES["/v1/keys"], "expires_at", "permissions", "overlap_s", "x"})
+
+        def hunt(sync: httpx.Client) -> None:
+            @FUZZ
+            @given(st.dictionaries(st.sampled_from(names), _JSON, min_size=1, max_size=3))
+            def examples(fields: dict[str, Any]) -> None:
+                _answered(sync, path, orjson.dumps({**_KEY_BODIES[address], **fields}))
+
+            examples()
+
+        with httpx.Client(base_url=served.url, headers=AUTHORIZATION, timeout=20) as sync:
+            await asyncio.to_thread(hunt, sync)
+        assert (await http.get("/v1/keys")).status_code == 200
+        assert not any(record.status >= 500 for record in served.records)
 
 
 async def test_bytes_flipped_put_in_and_taken_out() -> None:

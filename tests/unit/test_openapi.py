@@ -9,8 +9,11 @@ import httpx
 import pytest
 
 from serve_app.completions.kinds import Kind
+from serve_app.config import LimitPolicy
 from serve_app.errors import ClientGone, every_error, to_openai
 from serve_app.http_app import Check, create_app
+
+KEY_ADDRESSES = ("", "/{key_id}", "/{key_id}/rotate", "/{key_id}/revoke")
 
 
 def _no_gateway() -> NoReturn:
@@ -95,9 +98,21 @@ def test_only_what_a_client_may_call_is_documented(document: dict[str, Any]) -> 
         "/v1/batches",
         "/v1/batches/{batch_id}",
         "/v1/batches/{batch_id}/cancel",
+        *(f"{at}{of}" for at in ("/v1/keys", "/admin/keys") for of in KEY_ADDRESSES),
         "/health",
         "/ready",
     }
+
+
+def test_bodies_of_keys_are_whole_schemas(document: dict[str, Any]) -> None:
+    for at, required in (("/v1/keys", {"name"}), ("/admin/keys", {"name", "owner"})):
+        body = document["paths"][at]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert set(body["required"]) == required
+        assert body["additionalProperties"] is False
+        # Nothing that points to a place that the document lacks.
+        assert "$ref" not in str(body)
+        limits = body["properties"]["limits"]["anyOf"][0]["properties"]
+        assert limits.keys() == LimitPolicy.model_fields.keys()
 
 
 async def test_document_and_page_are_served_without_an_outside_network() -> None:
