@@ -270,6 +270,7 @@ class _Keys:
         """Revoke a key."""
 
         async def handler(principal: Principal, request: Request) -> Document:
+            Query(request)
             key = await self._store.revoke(
                 _key_id(key_id),
                 by=Actor.of(principal, request),

@@ -1,4 +1,4 @@
-"""Who may manage API keys, and how much a key may do that somebody makes for himself."""
+"""Who may manage API keys, and how much a key may do that its owner makes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Sign-ins that fail: counted for each client address, and answered with 429 when too many.
 
 A good credential always passes, so that nobody is shut out by others behind the same address: what
-is refused is only what would be refused anyway. So this is not what keeps a guesser from finding a
-key, which 256 random bits do; it tells him to slow down, and tells the operator of him. Each
-gateway counts for itself.
+is refused is only what would be refused anyway. It is not this that keeps a key from being guessed,
+but its 256 random bits; this slows honest programs down that have a credential which ended, and
+tells the operator of both. Each gateway counts for itself.
 """
 
 from __future__ import annotations

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -26,10 +22,10 @@ from serve_app.identity.key_changes import KeyListener, listen_to
 from serve_app.lazy_pool import LazyPool
 from serve_app.records import utc_now
 from serve_app.settings import PostgresSettings
+from tests.integration.command_line import comp_ai
 from tests.integration.fakes import until
 from tests.integration.links import Link
 
-COMP_AI = Path(sys.executable).parent / "comp-ai"
 ROOT = Actor(id="root", kind="operator")
 HOUR_S = 3600.0
 
@@ -120,28 +116,6 @@ async def refused_everywhere(made: list[Node], plain: str, what: str) -> float:
     return took_s
 
 
-def comp_ai(settings: PostgresSettings, *arguments: str) -> str:
-    """Run the command line as an operator does."""
-    password = settings.password.get_secret_value() if settings.password else ""
-    environ = {
-        "POSTGRES_HOST": settings.host,
-        "POSTGRES_PORT": str(settings.port),
-        "POSTGRES_USER": settings.user,
-        "POSTGRES_PASSWORD": password,
-        "POSTGRES_DB": settings.database,
-        "POSTGRES_SSLMODE": settings.sslmode,
-    }
-    done = subprocess.run(
-        [str(COMP_AI), *arguments],
-        env=os.environ | environ,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return done.stdout
-
-
 ENDINGS = {
     "revoked": "update comp_ai.api_keys set revoked_at = now() where prefix = $1",
     "expired": "update comp_ai.api_keys set expires_at = now() where prefix = $1",
@@ -180,7 +154,7 @@ async def test_a_revocation_by_the_command_line_is_heard(
     async with nodes(database, fresh_s=HOUR_S) as made:
         assert [await node.refuses(plain) for node in made] == [False, False]
         revoking = asyncio.to_thread(comp_ai, database, "keys", "revoke", key.prefix)
-        assert str(key.id) in await revoking
+        assert str(key.id) in (await revoking).stdout
         await refused_everywhere(made, plain, "comp-ai keys revoke")
 
 

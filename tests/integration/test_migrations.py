@@ -220,6 +220,43 @@ async def test_api_key_hash_must_be_a_sha256(connection: asyncpg.Connection) -> 
         await connection.execute(insert, new_id(), "cai-a", bytes(32))
 
 
+async def test_what_the_last_release_writes_of_a_key_fits(connection: asyncpg.Connection) -> None:
+    # Its statements, word for word: it may run beside this schema during an update.
+    key_id, now = new_id(), datetime.now(UTC)
+    await connection.execute(
+        "INSERT INTO comp_ai.api_keys (id, prefix, secret_hash, name, owner, permissions, models, "
+        "created_at, created_by, expires_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+        *(key_id, "p", bytes(32), "k", "ann", ["comp-ai:user"], None, now, "cli", None),
+    )
+    await connection.execute(
+        "UPDATE comp_ai.api_keys SET revoked_at = coalesce(revoked_at, $2) WHERE id = $1",
+        *(key_id, now),
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "values"),
+    [
+        ("limits", "'[]'"),
+        ("limits", "'3'"),
+        ("note", "repeat('x', 1001)"),
+        ("replaced_by", "(select id from comp_ai.api_keys)"),
+        ("replaced_by, expires_at", "gen_random_uuid(), now()"),
+    ],
+)
+async def test_a_key_that_cannot_be_is_refused(
+    connection: asyncpg.Connection, columns: str, values: str
+) -> None:
+    insert = (
+        "insert into comp_ai.api_keys (prefix, secret_hash, owner, permissions, {}) "
+        "values ('{}', sha256('x'), 'ann', '{{comp-ai:user}}', {})"
+    )
+    await connection.execute(insert.format("id", "first", "gen_random_uuid()"))
+    second = insert.format(f"id, {columns}", "second", f"gen_random_uuid(), {values}")
+    with pytest.raises(asyncpg.IntegrityConstraintViolationError):
+        await connection.execute(second)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
