@@ -143,7 +143,7 @@ LimitsOption = Annotated[
     str | None, typer.Option(help='Limits of its own as JSON: {"requests_per_minute": 60}.')
 ]
 ExpiryOption = Annotated[
-    float | None, typer.Option(help="Days from now until it expires.", min=0.001)
+    float | None, typer.Option(help="Days from now until it expires.", min=0.001, max=36_500)
 ]
 
 
@@ -204,7 +204,7 @@ def keys_update(
 def keys_rotate(
     key: KeyArgument,
     overlap_s: Annotated[
-        float, typer.Option(help="How long the secret until now stays valid.", min=0)
+        float, typer.Option(help="How long its secrets until now stay valid.", min=0, max=3e7)
     ],
     as_json: JsonOption = False,
 ) -> None:
