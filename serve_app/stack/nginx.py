@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from serve_app.errors import CompAIError, ConfigError
+from serve_app.stack.home import write_secret
 
 TEMPLATE = (
     Path(__file__).resolve().parents[2] / "k8s-free-compose" / "nginx" / "comp-ai.conf.template"
@@ -36,7 +37,28 @@ DEFAULTS: Mapping[str, str] = {
     "COMP_AI_NGINX_TIMEOUT": "30s",
     "COMP_AI_NGINX_TRUSTED": "192.0.2.1/32",
     "COMP_AI_NGINX_LOG": "/dev/stdout",
+    # Nobody has these addresses (RFC 5737): no browser door, no dashboard, no console.
+    "COMP_AI_NGINX_OAUTH2_PROXY": "192.0.2.1:4180",
+    "COMP_AI_NGINX_ADMIN_GROUPS": "role:comp-ai:admin,role:comp-ai-service:comp-ai:admin",
+    "COMP_AI_NGINX_DASHBOARD": "192.0.2.1:8265",
+    "COMP_AI_NGINX_DASHBOARD_ALLOWS": "read",
+    "COMP_AI_NGINX_CONSOLE": "192.0.2.1:3000",
 }
+# Values that nginx would take and that would not mean what was meant.
+_ALLOWED: Mapping[str, tuple[re.Pattern[str], str]] = {
+    "COMP_AI_NGINX_DASHBOARD_ALLOWS": (
+        re.compile(r"read|profile|write"),
+        "`read`, `profile` or `write`",
+    ),
+    # A list without a name would let everybody in.
+    "COMP_AI_NGINX_ADMIN_GROUPS": (
+        re.compile(r"[\w.:/@-]+(,[\w.:/@-]+)*", re.ASCII),
+        "names of groups with commas between them, of letters, digits and _ . : / @ -",
+    ),
+}
+_RAY_TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]+")
+# Beside nginx.conf; the template looks for it there.
+RAY_HEADER_FILE = "comp-ai-ray-token.conf"
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 # One value must stay one word of nginx's language.
 _UNSAFE = re.compile(r"[\s;{}'\"$\\#]")
@@ -108,6 +130,8 @@ def render(template: str, values: Mapping[str, str]) -> str:
             raise ConfigError(name, None, f"a known variable: {', '.join(DEFAULTS)}")
         if not known[name] or _UNSAFE.search(known[name]):
             raise ConfigError(name, known[name], "one word without spaces, quotes and ; { } $ # \\")
+        if name in _ALLOWED and not _ALLOWED[name][0].fullmatch(known[name]):
+            raise ConfigError(name, known[name], _ALLOWED[name][1])
         return known[name]
 
     code = "\n".join(line for line in template.splitlines() if not line.lstrip().startswith("#"))
@@ -156,8 +180,13 @@ class Nginx:
         shutil.rmtree(self.work, ignore_errors=True)
 
 
-def prepare(values: Mapping[str, str], template: Path = TEMPLATE) -> Nginx:
+def prepare(
+    values: Mapping[str, str], template: Path = TEMPLATE, ray_token: str | None = None
+) -> Nginx:
     """Render the configuration into a new work folder and check it.
+
+    `ray_token` is put on what passes to Ray's dashboard; where the values name no oauth2-proxy
+    nothing passes, and it is not written down.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -174,11 +203,19 @@ def prepare(values: Mapping[str, str], template: Path = TEMPLATE) -> Nginx:
     (work / "nginx.conf").write_text(_main(work), encoding="utf-8")
     nginx = Nginx(executable=binary(), work=work)
     try:
+        if ray_token is not None and values.get("COMP_AI_NGINX_OAUTH2_PROXY"):
+            write_secret(work / RAY_HEADER_FILE, _ray_token_header(ray_token))
         nginx.check()
     except CompAIError:
         nginx.remove()
         raise
     return nginx
+
+
+def _ray_token_header(token: str) -> str:
+    if not _RAY_TOKEN.fullmatch(token):
+        raise ConfigError("RAY_AUTH_TOKEN", "…", "letters, digits and . _ ~ + / = -")
+    return f'proxy_set_header Authorization "Bearer {token}";\n'
 
 
 def _main(work: Path) -> str:

@@ -267,9 +267,11 @@ class Stack:
             **nginx.values_from(os.environ),
             "COMP_AI_NGINX_LISTEN": f"{service.http_host}:{service.http_port}",
             "COMP_AI_NGINX_UPSTREAM": f"{_LOCAL}:{service.port}",
+            "COMP_AI_NGINX_DASHBOARD": f"{_LOCAL}:{service.dashboard_port}",
         }
+        token = self._home.make_ray_token()
         with self._parts.part("nginx", "the gateway's health"):
-            self._nginx = await asyncio.to_thread(nginx.prepare, values)
+            self._nginx = await asyncio.to_thread(nginx.prepare, values, ray_token=token)
             await self._supervisor.start(
                 ProcessSpec(
                     name="nginx",
