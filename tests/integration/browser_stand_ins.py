@@ -21,10 +21,8 @@ import uvicorn
 PREFIX = "/api/v1/comp-ai"
 COOKIE = "comp_ai_session"
 ADMINS = "role:comp-ai:admin"
-RENEWED = (
-    f"{COOKIE}_0=new0; Path={PREFIX}; Expires=Wed, 21 Oct 2037 07:28:00 GMT; HttpOnly; Secure",
-    f"{COOKIE}_1=new1; Path={PREFIX}; Expires=Wed, 21 Oct 2037 07:28:00 GMT; HttpOnly; Secure",
-)
+_ATTRIBUTES = f"Path={PREFIX}; Expires=Wed, 21 Oct 2037 07:28:00 GMT; HttpOnly; Secure"
+RENEWED = tuple(f"{COOKIE}_{part}=new{part}; {_ATTRIBUTES}" for part in range(3))
 
 
 @dataclass
@@ -66,8 +64,10 @@ class StandInOAuth2Proxy(StandIn):
     groups = {
         "ada": ["role:comp-ai:user"],
         "root": ["role:comp-ai:user", ADMINS],
-        # Due for renewal: it comes back in two parts.
-        "old": ["role:comp-ai:user"],
+        # Due for renewal; they come back in so many parts.
+        "old1": ["role:comp-ai:user"],
+        "old2": ["role:comp-ai:user"],
+        "old3": ["role:comp-ai:user"],
     }
 
     def answer(self, request: Seen) -> tuple[int, list[tuple[str, str]]]:
@@ -91,9 +91,10 @@ class StandInOAuth2Proxy(StandIn):
     ) -> tuple[int, list[tuple[str, str]]]:
         cookies = SimpleCookie(request.headers.get("cookie", ""))
         user = cookies[COOKIE].value if COOKIE in cookies else ""
-        renewed = [("set-cookie", one) for one in RENEWED] if user == "old" else []
+        parts = int(user.removeprefix("old")) if user.startswith("old") else 0
+        renewed = [("set-cookie", one) for one in RENEWED[:parts]]
         if user not in self.groups:
-            return 401, []
+            return 401, [("set-cookie", f"{COOKIE}=; Max-Age=0")]
         allowed = {name for value in query.get("allowed_groups", []) for name in value.split(",")}
         if allowed and not allowed & set(self.groups[user]):
             return 403, renewed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import re
 import socket
@@ -363,17 +365,19 @@ def test_a_console_is_told_who_asks_and_gets_no_cookie(door: Door) -> None:
     assert "cookie" not in seen.headers
 
 
-def test_a_renewed_session_reaches_the_browser_in_all_its_parts(door: Door) -> None:
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_renewed_session_reaches_the_browser_in_all_its_parts(door: Door, parts: int) -> None:
     for path in ("/docs", "/console/"):
-        answer = door.ask(path, BROWSER, "old")
+        answer = door.ask(path, BROWSER, f"old{parts}")
         assert answer.status_code == 200
-        assert answer.headers.get_list("set-cookie") == list(RENEWED)
+        assert answer.headers.get_list("set-cookie") == list(RENEWED[:parts])
     # Where it is refused too: at the issuer the old one may be used up.
     for who in (BROWSER, PROGRAM):
-        answer = door.ask("/dashboard/", who, "old")
+        answer = door.ask("/dashboard/", who, f"old{parts}")
         assert answer.status_code == 403
-        assert answer.headers.get_list("set-cookie") == list(RENEWED)
-    assert "set-cookie" not in door.ask("/docs", BROWSER, "ada").headers
+        assert answer.headers.get_list("set-cookie") == list(RENEWED[:parts])
+    for session in ("ada", "ended"):
+        assert "set-cookie" not in door.ask("/docs", BROWSER, session).headers
 
 
 def test_a_large_session_passes(door: Door) -> None:
@@ -496,6 +500,58 @@ def test_what_passes_to_the_dashboard(allowing: tuple[str, Door]) -> None:
             405,
         )
         assert len(opened.dashboard.seen) == passes
+
+
+# Of the routes of Ray's dashboard: what looks into a process, and what is not for looking at.
+PROFILING_ROUTES = {
+    "/task/traceback",
+    "/task/cpu_profile",
+    "/worker/traceback",
+    "/worker/cpu_profile",
+    "/worker/gpu_profile",
+    "/worker/jax_profile",
+    "/memory_profile",
+}
+CLOSED_ROUTES = {
+    "/test/dump",
+    "/api/packages/{protocol}/{package_name}",
+    "/api/v0/delay/{delay_s}",
+    # A WebSocket.
+    "/api/jobs/{job_or_submission_id}/logs/tail",
+}
+
+
+def rays_routes() -> set[str]:
+    """Return what Ray's dashboard answers to GET, as its source says."""
+    spec = importlib.util.find_spec("ray")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "dashboard"
+    found = set()
+    for file in [folder / "http_server_head.py", *folder.glob("modules/**/*_head.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and ast.unparse(node.func) == "routes.get"
+                and isinstance(node.args[0], ast.Constant)
+            ):
+                found.add(str(node.args[0].value))
+    return found
+
+
+def test_each_route_of_the_installed_ray_is_open_or_closed_on_purpose(
+    allowing: tuple[str, Door],
+) -> None:
+    allows, opened = allowing
+    routes = rays_routes()
+    assert routes >= PROFILING_ROUTES | CLOSED_ROUTES | {"/", "/nodes", "/api/jobs/"}
+    closed = {"read": PROFILING_ROUTES | CLOSED_ROUTES, "profile": CLOSED_ROUTES, "write": set()}
+    for route in sorted(routes):
+        path = route.replace("{media_type}", "file")
+        opened.forget()
+        opened.ask(f"{PREFIX}/dashboard{re.sub('{.*?}', 'x', path)}", BROWSER, "root")
+        assert bool(opened.dashboard.seen) == (route not in closed[allows]), route
 
 
 def test_ray_can_tell_a_browser_from_a_program(door: Door) -> None:
