@@ -408,6 +408,20 @@ async def test_a_key_with_limits_makes_no_others_and_keeps_its_limits(
     assert answer.status_code == 200
 
 
+async def test_limits_of_a_key_hold_for_all_its_secrets_and_for_no_other_key(
+    http: httpx.AsyncClient,
+) -> None:
+    made = await make(http, limits={"requests_per_minute": 2})
+    assert await chat(http, made["key"]) == 200
+    address = f"/v1/keys/{made['id']}/rotate"
+    answer = await http.post(address, json={"overlap_s": 60}, headers=by(ADA))
+    rotated = answer.json()["key"]
+    # A new secret is no new allowance.
+    assert await chat(http, rotated) == 200
+    assert [await chat(http, key) for key in (made["key"], rotated)] == [429, 429]
+    assert await chat(http, (await make(http))["key"]) == 200
+
+
 # Everybody's keys.
 
 
