@@ -8,8 +8,8 @@ to flood it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -38,8 +38,8 @@ class IntrospectionPolicy:
 
     A good answer holds for `cache_s`, and for `outage_s` while the issuer is away, never past
     the token's `exp`; a bad one for `refused_s`. After a failure the issuer is not asked for
-    `retry_s`. At most `max_calls` are under way at once, `burst` more than `calls_per_s` may
-    begin in a second after a quiet time.
+    `retry_s`. Of calls for tokens that were never good at most `max_calls` are under way, and
+    `burst` more than `calls_per_s` may begin in a second after a quiet time.
     """
 
     cache_s: float = 60.0
@@ -97,9 +97,7 @@ class Introspector:
         calls = list(self._calls.values())
         for call in calls:
             call.cancel()
-        for call in calls:
-            with contextlib.suppress(asyncio.CancelledError, AuthenticationFailed):
-                await call
+        await asyncio.gather(*calls, return_exceptions=True)
 
     async def verify(self, token: str) -> Principal:
         """Return the principal of an opaque token.
@@ -118,8 +116,9 @@ class Introspector:
         if refused is not None:
             raise AuthenticationFailed(refused)
         stale = self._good.get(digest, self._policy.outage_s)
+        known = self._good.get(digest, math.inf) is not None
         try:
-            return await self._ask(digest, token, known=stale is not None)
+            return await self._ask(digest, token, known=known)
         except IdentityUnavailable:
             if stale is None:
                 raise
@@ -146,7 +145,7 @@ class Introspector:
             raise IdentityUnavailable(retry_after_s=self._policy.retry_s)
         # A token that was good is asked for at most once in `cache_s`, and there are no more of
         # them than the issuer gave out: a flood of made-up ones must not keep it waiting.
-        if len(self._calls) >= self._policy.max_calls or not (known or self._budget.take()):
+        if not known and (len(self._calls) >= self._policy.max_calls or not self._budget.take()):
             raise IdentityUnavailable(retry_after_s=1.0)
 
     def _ended(self, digest: bytes, call: asyncio.Task[Principal]) -> None:
@@ -213,6 +212,10 @@ class Introspector:
             ),
             follow_redirects=False,
         ) as response:
+            # Some issuers answer so to what they cannot read. It says nothing of the issuer, and
+            # must not make others wait.
+            if response.status_code == httpx.codes.BAD_REQUEST:
+                return {"active": False}
             return await read_json(response)
 
 

@@ -237,6 +237,35 @@ async def test_made_up_tokens_cannot_flood_the_issuer(
     assert len(issuer.asked) == 1 + 10 + 1 + 5
 
 
+async def test_token_that_the_issuer_cannot_read_makes_nobody_wait(
+    make: Make, issuer: Issuer
+) -> None:
+    verifier = make()
+    issuer.status = 400
+    with pytest.raises(AuthenticationFailed):
+        await verifier.verify("unreadable")
+    issuer.status = 200
+    assert (await verifier.verify(TOKEN)).id == "ada"
+
+
+async def test_slow_issuer_and_made_up_tokens_keep_no_good_one_waiting(
+    make: Make, issuer: Issuer, clock: Clock
+) -> None:
+    verifier = make(max_calls=2)
+    await verifier.verify(TOKEN)
+    # So long ago that it would not do for an outage.
+    clock.time += 3600
+    issuer.hold = asyncio.Event()
+    flood = [asyncio.create_task(verifier.verify(f"made-up-{number}")) for number in range(5)]
+    done, waiting = await asyncio.wait(flood, return_when=asyncio.FIRST_COMPLETED)
+    assert (len(done), len(waiting)) == (3, 2)
+    asking = asyncio.create_task(verifier.verify(TOKEN))
+    await asyncio.sleep(0)
+    issuer.hold.set()
+    assert (await asking).id == "ada"
+    await asyncio.gather(*flood, return_exceptions=True)
+
+
 async def test_what_is_no_token_is_not_asked_for(make: Make, issuer: Issuer) -> None:
     verifier = make()
     for credential in ("ü", "a&b", "a=b", "", "a\x00", "x" * 20_000):
