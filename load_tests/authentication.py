@@ -43,6 +43,14 @@ _PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True)
+class Call:
+    """One call: how long it took, and how much of that this thread was computing."""
+
+    wall_ms: float
+    cpu_ms: float
+
+
+@dataclass(frozen=True)
 class Kind:
     """A kind of credential: each of `headers` is used in turn, `calls` times in all a round."""
 
@@ -102,9 +110,9 @@ def _kinds(issuer: Issuer, key: str, rounds: int, first_seen: int) -> list[Kind]
     ]
 
 
-async def _measure(settings: Settings, kinds: list[Kind], rounds: int) -> dict[str, list[float]]:
-    """Return the time of each call in ms, by kind."""
-    times_ms: dict[str, list[float]] = {kind.name: [] for kind in kinds}
+async def _measure(settings: Settings, kinds: list[Kind], rounds: int) -> dict[str, list[Call]]:
+    """Return the calls by kind."""
+    calls: dict[str, list[Call]] = {kind.name: [] for kind in kinds}
     async with _authenticator(settings) as authenticator:
         for kind in kinds:
             # Connections, the issuer's keys, the interpreter's caches.
@@ -113,29 +121,30 @@ async def _measure(settings: Settings, kinds: list[Kind], rounds: int) -> dict[s
                     await authenticator.authenticate(f"Bearer {kind.headers[0]}")
         for _ in range(rounds):
             for kind in kinds:
-                times_ms[kind.name] += await _time_calls(authenticator, kind)
-    return times_ms
+                calls[kind.name] += await _time_calls(authenticator, kind)
+    return calls
 
 
-async def _time_calls(authenticator: BearerAuthenticator, kind: Kind) -> list[float]:
-    taken_ms = []
+async def _time_calls(authenticator: BearerAuthenticator, kind: Kind) -> list[Call]:
+    calls = []
     for _ in range(kind.calls):
         # A credential that is seen first is used once; the last one left stays.
         credential = kind.headers.pop() if len(kind.headers) > 1 else kind.headers[0]
         header = f"Bearer {credential}"
-        begun = time.perf_counter_ns()
+        begun, begun_cpu = time.perf_counter_ns(), time.thread_time_ns()
         await authenticator.authenticate(header)
-        taken_ms.append((time.perf_counter_ns() - begun) / 1e6)
+        cpu, wall = time.thread_time_ns() - begun_cpu, time.perf_counter_ns() - begun
+        calls.append(Call(wall / 1e6, cpu / 1e6))
         # As between requests: whoever waits may go on.
         await asyncio.sleep(0)
-    return taken_ms
+    return calls
 
 
 def _percentile(times_ms: list[float], percent: int) -> float:
     return statistics.quantiles(times_ms, n=100, method="inclusive")[percent - 1]
 
 
-def _report(times_ms: dict[str, list[float]], rounds: int) -> str:
+def _report(calls: dict[str, list[Call]], rounds: int) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("pyjwt", "cryptography"))
     machine = (
         f"{platform.machine()}, {os.cpu_count()} cores, "
@@ -145,12 +154,16 @@ def _report(times_ms: dict[str, list[float]], rounds: int) -> str:
         f"{machine}, {packages}; {rounds} rounds, one call at a time, load average "
         f"{os.getloadavg()[0]:.1f}. Target: a median under {TARGET_MS} ms.",
         "",
-        "| credential | calls | " + " | ".join(f"p{p}, ms" for p in _PERCENTILES) + " |",
-        "| --- | --- |" + " --- |" * len(_PERCENTILES),
+        "| credential | calls | "
+        + " | ".join(f"p{p}, ms" for p in _PERCENTILES)
+        + " | CPU p50, ms |",
+        "| --- | --- |" + " --- |" * (len(_PERCENTILES) + 1),
     ]
-    for name, taken_ms in times_ms.items():
+    for name, made in calls.items():
+        taken_ms = [call.wall_ms for call in made]
         cells = [f"{_percentile(taken_ms, percent):.4f}" for percent in _PERCENTILES]
-        lines.append(f"| {name} | {len(taken_ms)} | {' | '.join(cells)} |")
+        cells.append(f"{statistics.median(call.cpu_ms for call in made):.4f}")
+        lines.append(f"| {name} | {len(made)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -163,17 +176,21 @@ def main() -> None:
     with running_issuer() as issuer, _installation(issuer) as settings:
         key = asyncio.run(_new_key(settings))
         kinds = _kinds(issuer, key, given.rounds, given.first_seen)
-        times_ms = asyncio.run(_measure(settings, kinds, given.rounds))
-    report = _report(times_ms, given.rounds)
+        calls = asyncio.run(_measure(settings, kinds, given.rounds))
+    report = _report(calls, given.rounds)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "authentication.md").write_text(report + "\n")
     raw = {
-        name: {f"p{p}_ms": round(_percentile(taken, p), 5) for p in range(1, 100)}
-        for name, taken in times_ms.items()
+        name: {
+            f"p{p}_ms": round(_percentile([call.wall_ms for call in made], p), 5)
+            for p in range(1, 100)
+        }
+        for name, made in calls.items()
     }
     (RESULTS / "authentication.json").write_text(json.dumps(raw, indent=1) + "\n")
     print(report)
-    slow = [name for name, taken in times_ms.items() if statistics.median(taken) >= TARGET_MS]
+    medians_ms = (statistics.median(call.wall_ms for call in made) for made in calls.values())
+    slow = [median_ms for median_ms in medians_ms if median_ms >= TARGET_MS]
     raise SystemExit(1 if slow else 0)
 
 

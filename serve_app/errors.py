@@ -409,7 +409,10 @@ class IdentityUnavailable(Unavailable):
     """The credential cannot be checked now. Try again later."""
 
     code = "identity_unavailable"
-    cause = "PostgreSQL or the issuer is away, and nothing that is remembered answers the question"
+    cause = (
+        "PostgreSQL or the issuer is away, and nothing that is remembered answers the question; "
+        "or it is asked about too many unknown keys or tokens already"
+    )
     remedy = "wait"
     retry_after = "mostly until the next try of ours"
 
