@@ -12,6 +12,7 @@ import sqlite3
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -31,8 +32,8 @@ _PRAGMAS = ("journal_mode = wal", "synchronous = normal")
 SCHEMA = """
 create table if not exists journal (id text not null);
 create table if not exists reservations (
-    id           blob    primary key,
-    accounts     blob    not null,  -- JSON: a list of keys
+    id           text    primary key,
+    accounts     text    not null,  -- JSON: a list of keys
     granted_at   real,              -- null: it ended before it was granted
     counted      integer not null,
     most_tokens  integer not null,
@@ -52,12 +53,21 @@ create table if not exists totals (
     primary key (account, period)
 ) without rowid;
 """
+# Many at once, as JSON: between two statements the thread waits for the interpreter.
 _GRANT = """
-insert into reservations values (?, ?, ?, ?, ?, ?, null, 0, 0, 0)
+insert into reservations
+select json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+       json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]'),
+       null, 0, 0, 0
+from json_each(?) where true
 on conflict (id) do update set ended_at = null, expired = 0, tokens = 0, micros = 0
 """
 _END = """
-insert into reservations values (?, ?, null, 0, 0, 0, ?, ?, ?, ?)
+insert into reservations
+select json_extract(value, '$[0]'), json_extract(value, '$[1]'), null, 0, 0, 0,
+       json_extract(value, '$[2]'), json_extract(value, '$[3]'), json_extract(value, '$[4]'),
+       json_extract(value, '$[5]')
+from json_each(?) where true
 on conflict (id) do update set
     ended_at = excluded.ended_at, expired = excluded.expired,
     tokens = excluded.tokens, micros = excluded.micros
@@ -129,17 +139,30 @@ def identify(connection: sqlite3.Connection) -> tuple[uuid.UUID, bool]:
 
 
 def write(connection: sqlite3.Connection, changes: Iterable[Change]) -> None:
-    """Write `changes`; one that is written again changes nothing."""
+    """Write `changes`, in their order; one that is written again changes nothing."""
+    granted: dict[uuid.UUID, Granted] = {}
+    ended: dict[uuid.UUID, Ended] = {}
     for change in changes:
-        accounts = orjson.dumps(change.accounts)
         if isinstance(change, Granted):
-            most = (change.most.tokens, change.most.cost_micros)
-            granted = (change.id.bytes, accounts, change.at_s, change.counted, *most)
-            connection.execute(_GRANT, granted)
+            granted[change.id] = change
+            # Of the same reservation only the last counts.
+            ended.pop(change.id, None)
         else:
-            spent = (change.spent.tokens, change.spent.cost_micros)
-            ended = (change.id.bytes, accounts, change.at_s, change.expired, *spent)
-            connection.execute(_END, ended)
+            ended[change.id] = change
+    if granted:
+        connection.execute(_GRANT, (orjson.dumps([_grant_row(g) for g in granted.values()]),))
+    if ended:
+        connection.execute(_END, (orjson.dumps([_end_row(e) for e in ended.values()]),))
+
+
+def _grant_row(granted: Granted) -> tuple[Any, ...]:
+    most = (granted.most.tokens, granted.most.cost_micros)
+    return (granted.id, granted.accounts, granted.at_s, int(granted.counted), *most)
+
+
+def _end_row(ended: Ended) -> tuple[Any, ...]:
+    spent = (ended.spent.tokens, ended.spent.cost_micros)
+    return (ended.id, ended.accounts, ended.at_s, int(ended.expired), *spent)
 
 
 def read(connection: sqlite3.Connection) -> tuple[list[Past], list[PeriodTotal]]:
@@ -153,11 +176,11 @@ def read(connection: sqlite3.Connection) -> tuple[list[Past], list[PeriodTotal]]
 
 
 def _past(
-    row: tuple[bytes, bytes, float | None, int, int, int, float | None, int, int, int],
+    row: tuple[str, str, float | None, int, int, int, float | None, int, int, int],
 ) -> Past:
-    id_bytes, accounts_json, granted_at, counted, most_tokens, most_micros, *end = row
+    id_text, accounts_json, granted_at, counted, most_tokens, most_micros, *end = row
     ended_at, expired, tokens, micros = end
-    reservation_id, accounts = uuid.UUID(bytes=id_bytes), tuple(orjson.loads(accounts_json))
+    reservation_id, accounts = uuid.UUID(id_text), tuple(orjson.loads(accounts_json))
     granted = ended = None
     if granted_at is not None:
         granted = Granted(

@@ -55,6 +55,8 @@ class LimitKeeping:
         # Whether the journal knows what was used until now.
         self._complete = False
         self._forgot_s = 0.0
+        self._waiting: list[asyncio.Future[None]] = []
+        self._writing: asyncio.Task[None] | None = None
         self._keeping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -101,7 +103,7 @@ class LimitKeeping:
             raise LimitsUnavailable(retry_after_s=_KEEP_EVERY_S)
         allowance = self._book.reserve(reservation)
         try:
-            await self._write()
+            await self._written()
         except LimitsUnavailable:
             self._undo(reservation.id)
             raise
@@ -110,7 +112,7 @@ class LimitKeeping:
     async def settle(self, settlement: Settlement) -> None:
         """See `LimitBook.settle`. Raises LimitsUnavailable: tell it again."""
         self._book.settle(settlement)
-        await self._write()
+        await self._written()
 
     async def renew(self, held: Sequence[uuid.UUID]) -> list[uuid.UUID]:
         """See `LimitBook.renew`."""
@@ -120,24 +122,51 @@ class LimitKeeping:
         """See `LimitBook.adopt`; what each of `held` has spent is what it may use at most."""
         for one in held:
             self._book.adopt(one.id, one.accounts, one.spent)
-        await self._write()
+        await self._written()
 
     async def standing(self, scopes: Sequence[Scope]) -> list[LimitState]:
         """See `LimitBook.standing`."""
         return self._book.standing(scopes)
 
-    async def _write(self) -> None:
-        """Return once every change of the book until now is in the journal."""
-        if not self._changes:
+    async def _written(self) -> None:
+        """Return once every change of the book until now is in the journal.
+
+        Raises:
+            LimitsUnavailable: they are not; they will be written with the next ones.
+        """
+        if not self._changes and not self._writing:
             return
-        changes = self._changes.copy()
-        self._changes.clear()
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(written)
+        if not self._writing:
+            self._writing = asyncio.create_task(self._write(), name="write-limits")
+        await written
+
+    async def _write(self) -> None:
+        """Write what has changed, and all that changes meanwhile as one, until nobody waits."""
+        try:
+            while self._waiting:
+                changes, waiting = self._changes.copy(), self._waiting
+                self._changes.clear()
+                self._waiting = []
+                await self._write_group(changes, waiting)
+        finally:
+            self._writing = None
+
+    async def _write_group(
+        self, changes: list[Change], waiting: list[asyncio.Future[None]]
+    ) -> None:
         try:
             await self._journal.write(changes)
         except LimitsUnavailable:
-            # With the next ones; order matters only between those of one reservation.
             self._changes[:0] = changes
-            raise
+            for written in waiting:
+                if not written.done():
+                    written.set_exception(LimitsUnavailable())
+            return
+        for written in waiting:
+            if not written.done():  # its caller is gone
+                written.set_result(None)
 
     def _undo(self, reservation_id: uuid.UUID) -> None:
         """Let go of a reservation whose grant could not be written."""
@@ -156,7 +185,7 @@ class LimitKeeping:
     async def _keep(self) -> None:
         self._book.sweep()
         try:
-            await self._write()
+            await self._written()
             await self._journal.fold(self._wall_s())
         except LimitsUnavailable:
             logger.warning("the journal of the limits cannot be written")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -21,6 +22,7 @@ from serve_app.database import connect, migrate
 from serve_app.errors import LimitsUnavailable
 from serve_app.lazy_pool import build_pool
 from serve_app.limits import journal as journal_module
+from serve_app.limits.book import Change
 from serve_app.limits.journal import Journal
 from serve_app.limits.keeping import LimitKeeping
 from serve_app.limits.usage_store import UsageStore
@@ -229,7 +231,7 @@ async def test_what_cannot_be_written_is_not_granted(
         await kept.reserve(running)
 
         def broken(*_: object) -> None:
-            raise journal_module.sqlite3.OperationalError("disk I/O error")
+            raise sqlite3.OperationalError("disk I/O error")
 
         with monkeypatch.context() as patch:
             patch.setattr(journal_module, "write", broken)
@@ -241,6 +243,25 @@ async def test_what_cannot_be_written_is_not_granted(
         await kept.settle(settled(running, 80))
     async with limits(tmp_path, database) as kept:
         assert await left(kept, MINUTE, Limit.TOKENS_PER_MINUTE) == 500 - 80
+
+
+async def test_many_at_once_share_a_commit(
+    tmp_path: Path, database: PostgresSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[int] = []
+    write = journal_module.write
+
+    def counted(connection: sqlite3.Connection, changes: list[Change]) -> None:
+        groups.append(len(changes))
+        write(connection, changes)
+
+    monkeypatch.setattr(journal_module, "write", counted)
+    async with limits(tmp_path, database) as kept:
+        asked = [reservation(BUDGET, 1) for _ in range(200)]
+        await asyncio.gather(*(kept.reserve(one) for one in asked))
+        assert groups == [200]
+        await asyncio.gather(*(kept.settle(settled(one, 1)) for one in asked))
+        assert await left(kept, BUDGET, Limit.TOKENS_PER_DAY) == 800
 
 
 async def test_one_process_holds_a_journal(tmp_path: Path, database: PostgresSettings) -> None:
