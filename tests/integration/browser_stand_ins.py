@@ -61,6 +61,8 @@ class StandIn:
 class StandInOAuth2Proxy(StandIn):
     """The part of oauth2-proxy that nginx talks to; a session is a cookie with a user's name."""
 
+    # Whether it was set up with another prefix than ours.
+    lost = False
     groups = {
         "ada": ["role:comp-ai:user"],
         "root": ["role:comp-ai:user", ADMINS],
@@ -74,7 +76,7 @@ class StandInOAuth2Proxy(StandIn):
         path = request.path.removeprefix(PREFIX)
         query = parse_qs(request.query)
         if path == "/oauth2/auth":
-            return self._auth(request, query)
+            return (404, []) if self.lost else self._auth(request, query)
         if path == "/oauth2/start":
             state = urlencode({"state": f"nonce:{query['rd'][0]}"})
             return 302, [

@@ -661,6 +661,15 @@ def test_an_oauth2_proxy_that_is_away_opens_nothing() -> None:
         assert opened.ask("/v1/models", PROGRAM).status_code == 200
 
 
+def test_an_oauth2_proxy_with_another_prefix_opens_nothing(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door.oauth2_proxy, "lost", True)
+    for path in ("/docs", "/dashboard/", "/console/"):
+        refusal(door.ask(path, BROWSER, "root"), 503, "sign_in_unavailable")
+    assert door.behind == []
+
+
 def test_without_oauth2_proxy_the_documents_are_open_and_nothing_else_is_there() -> None:
     with open_door(OAUTH2_PROXY="") as opened:
         for prefix in ("", PREFIX):
