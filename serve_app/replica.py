@@ -20,7 +20,6 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LEASE_HEADER = "x-comp-ai-lease"
-PROMPTS_HEADER = "x-comp-ai-prompts"
 REQUEST_ID_HEADER = "x-request-id"
 ABORT_PATH = "/lease/abort"
 
@@ -34,9 +33,7 @@ class Slot:
 
     token: str
     task: asyncio.Task[None] | None = None
-    path: str = ""
     request_id: str = ""
-    prompts: int = 1
     used: bool = False
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -113,9 +110,7 @@ class LeaseDoor:
         self, slot: Slot, headers: dict[str, bytes], scope: Scope, receive: Receive, send: Send
     ) -> None:
         slot.used = True
-        slot.path = scope["path"]
         slot.request_id = headers.get(REQUEST_ID_HEADER, b"").decode("latin-1")
-        slot.prompts = int(headers.get(PROMPTS_HEADER, b"1"))
         # A task of its own, so that the end of the lease stops the engine's request even
         # where the app waits for the next token and would not notice a closed connection.
         slot.task = asyncio.create_task(self._run(scope, _stoppable(receive, slot), send))

@@ -11,7 +11,7 @@ from serve_app.completions.body import Ask
 from serve_app.completions.engine_errors import refusal_of
 from serve_app.contracts import LeaseGrant
 from serve_app.errors import EngineFailed
-from serve_app.replica import ABORT_PATH, LEASE_HEADER, PROMPTS_HEADER, REQUEST_ID_HEADER
+from serve_app.replica import ABORT_PATH, LEASE_HEADER, REQUEST_ID_HEADER
 
 # How long a cut answer may take to tell its usage; the engine needs one step for it. The
 # abort is repeated meanwhile, because one that overtakes its request finds nothing to end.
@@ -49,7 +49,6 @@ class Upstream:
             "content-type": "application/json",
             LEASE_HEADER: self._grant.token,
             REQUEST_ID_HEADER: request_id,
-            PROMPTS_HEADER: str(ask.prompts),
         }
         self._posting = asyncio.create_task(self._post(ask, headers), name="upstream-post")
         try:
