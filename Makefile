@@ -1,7 +1,11 @@
 # `make run` serves, `make test` runs every test; both set up first what is missing.
 SHELL := /bin/bash
 BIN := .venv/bin
-SUITES := $(wildcard tests/unit tests/integration tests/e2e tests/chaos)
+# Suites whose tests stand alone run beside each other: they wait more than they compute.
+ALONE := tests/unit tests/integration
+# Suites that share one running stack.
+SHARED := tests/e2e tests/chaos
+TEST_WORKERS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-unit lint docs model clean
@@ -28,7 +32,8 @@ docs: setup ## Write what is made from the code: the reference of errors
 	$(BIN)/python -m serve_app.error_reference docs/errors.md
 
 test: model lint ## Run every check and every test
-	$(BIN)/pytest $(SUITES)
+	$(BIN)/pytest --numprocesses $(TEST_WORKERS) $(ALONE)
+	$(BIN)/pytest $(SHARED)
 
 test-unit: setup ## Run the unit tests
 	$(BIN)/pytest tests/unit
