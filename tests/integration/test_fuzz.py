@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
@@ -21,15 +20,8 @@ from serve_app.completions.kinds import ENDPOINTS, Kind
 from serve_app.settings import PostgresSettings
 from tests.integration.doors import door
 from tests.integration.fakes import AUTHORIZATION, KEY, World, client, until, world
+from tests.integration.fuzzing import ANY_JSON, FUZZ, answered, assert_refused
 
-# The same examples each time; a longer hunt sets another profile by hand.
-FUZZ = settings(
-    max_examples=60,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
 CHAT = "/v1/chat/completions"
 GOOD: dict[Kind, dict[str, Any]] = {
     Kind.CHAT: {"messages": [{"role": "user", "content": "Hi"}]},
@@ -41,11 +33,6 @@ GOOD: dict[Kind, dict[str, Any]] = {
     Kind.DETOKENIZE: {"tokens": [1]},
 }
 KINDS = [kind for kind in GOOD if ENDPOINTS[kind].addresses]
-_LEAK = re.compile(
-    r"Traceback|File \"|serve_app|deployments\.|site-packages|\.py\b|/tmp/|/home/|/root/"
-    r"|uvicorn|starlette|orjson|pydantic|asyncio|hunter2",
-    re.IGNORECASE,
-)
 
 
 async def _any_engine(scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,19 +66,6 @@ def _good(kind: Kind) -> dict[str, Any]:
 async def _open_world() -> AsyncIterator[World]:
     async with world(engine_app=_any_engine, models=_models(), max_body_bytes=200_000) as served:
         yield served
-
-
-def assert_refused(status: int, content_type: str, body: bytes) -> dict[str, Any]:
-    """Check one refusal, and return its error object."""
-    assert 400 <= status < 500, (status, body[:300])
-    assert content_type == "application/json"
-    error: dict[str, Any] = orjson.loads(body)["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["message"]
-    assert error["code"]
-    assert len(body) < 2000
-    assert not _LEAK.search(body.decode()), body
-    return error
 
 
 async def _still_answers(served: World, http: httpx.AsyncClient) -> None:
@@ -158,25 +132,6 @@ async def test_broken_bodies(kind: Kind) -> None:
 
 # Bodies that nobody thought of.
 
-_JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(st.text("abcdef_", min_size=1, max_size=8), inner, max_size=4)
-    ),
-    max_leaves=8,
-)
-
-
-def _answered(http: httpx.Client, path: str, body: bytes) -> None:
-    answer = http.post(path, content=body, headers={"content-type": "application/json"})
-    if answer.status_code != 200:
-        assert_refused(answer.status_code, answer.headers["content-type"], answer.content)
-
 
 async def _hunt(served: World, hunt: Any) -> None:
     """Run `hunt` in a thread: the gateway serves in this one."""
@@ -192,9 +147,9 @@ async def test_any_value_in_any_parameter(kind: Kind) -> None:
 
     def hunt(http: httpx.Client) -> None:
         @FUZZ
-        @given(st.dictionaries(st.sampled_from(names), _JSON, min_size=1, max_size=3))
+        @given(st.dictionaries(st.sampled_from(names), ANY_JSON, min_size=1, max_size=3))
         def examples(fields: dict[str, Any]) -> None:
-            _answered(http, address, orjson.dumps({**_good(kind), **fields}))
+            answered(http, address, orjson.dumps({**_good(kind), **fields}))
 
         examples()
 
@@ -245,7 +200,7 @@ async def test_bytes_flipped_put_in_and_taken_out() -> None:
             body = bytearray(good)
             for place, taken, put in made:
                 body[place : place + taken] = put
-            _answered(http, CHAT, bytes(body))
+            answered(http, CHAT, bytes(body))
 
         examples()
 
