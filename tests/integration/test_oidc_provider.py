@@ -37,7 +37,7 @@ def provider() -> Iterator[Provider]:
 
 @pytest.fixture
 async def browser(provider: Provider) -> AsyncIterator[Browser]:
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=30) as http:
         yield Browser(http, provider)
 
 
