@@ -101,7 +101,7 @@ def read_bearer(authorization: str | None) -> str:
             "The Authorization header has another scheme than Bearer. "
             "Send `Authorization: Bearer <API key or access token>`."
         )
-    if not credential or any(character.isspace() for character in credential):
+    if len(credential.split()) != 1:
         raise AuthenticationFailed("The Authorization header holds no single credential.")
     return credential
 
