@@ -93,20 +93,28 @@ class RequestError(CompAIError):
         *,
         param: str | None = None,
         retry_after_s: float | None = None,
+        denied: str | None = None,
     ) -> None:
         super().__init__(message)
         self.param = param
         self.retry_after_s = retry_after_s
+        # The permission, or `model:<name>`, that was refused. For the audit log; never sent.
+        self.denied = denied
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors cross process borders inside Ray; the default would lose the keywords.
-        return _rebuild, (type(self), self.message, self.param, self.retry_after_s)
+        kept = (self.message, self.param, self.retry_after_s, self.denied)
+        return _rebuild, (type(self), *kept)
 
 
 def _rebuild(
-    cls: type[RequestError], message: str, param: str | None, retry_after_s: float | None
+    cls: type[RequestError],
+    message: str,
+    param: str | None,
+    retry_after_s: float | None,
+    denied: str | None,
 ) -> RequestError:
-    return cls(message, param=param, retry_after_s=retry_after_s)
+    return cls(message, param=param, retry_after_s=retry_after_s, denied=denied)
 
 
 class InvalidRequest(RequestError):

@@ -11,9 +11,15 @@ create temporary table if not exists staged_bodies on commit delete rows
 as select {columns} from comp_ai.request_bodies with no data;
 
 -- name: insert_requests
-insert into comp_ai.requests ({columns})
-select {columns} from staged_requests
-on conflict do nothing;
+-- Says how many were not there before, and which of those are refusals of a permission.
+with inserted as (
+    insert into comp_ai.requests ({columns})
+    select {columns} from staged_requests
+    on conflict do nothing
+    returning id, denied
+)
+select count(*) as written, array_agg(id) filter (where denied is not null) as refused
+from inserted;
 
 -- name: insert_bodies
 insert into comp_ai.request_bodies ({columns})

@@ -1,7 +1,8 @@
 """Writing records into PostgreSQL: whole batches, each row once and only once.
 
 A batch is copied into staging tables and inserted from there in one transaction, with
-`on conflict do nothing`: repeating a batch after a lost answer adds nothing.
+`on conflict do nothing`: repeating a batch after a lost answer adds nothing. The refusals of a
+permission among them go into the audit log in the same transaction, so each is there once too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import asyncpg
 
 from serve_app.accounts.queries import queries
+from serve_app.audit.log import AuditLog
+from serve_app.audit.refusals import refusal_act
 from serve_app.records import RequestRecord
 
 _BODY_COLUMNS = ("id", "created_at", "request_body", "response_text")
@@ -80,13 +83,17 @@ async def _write_together(connection: asyncpg.Connection, records: Sequence[Requ
         await connection.copy_records_to_table(
             "staged_requests", columns=_COLUMNS, records=[_row(record) for record in records]
         )
-        done = await connection.execute(_query("insert_requests", _COLUMNS))
+        new = await connection.fetchrow(_query("insert_requests", _COLUMNS))
+        assert new is not None
         if bodies:
             await connection.copy_records_to_table(
                 "staged_bodies", columns=_BODY_COLUMNS, records=bodies
             )
             await connection.execute(_query("insert_bodies", _BODY_COLUMNS))
-    return int(done.rsplit(" ", 1)[1])  # "INSERT 0 <rows>"
+        refused = set(new["refused"] or ())
+        acts = [refusal_act(record) for record in records if record.id in refused]
+        await AuditLog().append_all(connection, acts)
+    return int(new["written"])
 
 
 def _query(name: str, columns: tuple[str, ...]) -> str:

@@ -13,6 +13,9 @@ from dataclasses import replace
 
 import orjson
 
+from serve_app.audit.act import Actor, AuditAct
+from serve_app.audit.log import AuditLog
+from serve_app.audit.refusals import REFUSE
 from serve_app.batches.batch import OpenBatch, Status
 from serve_app.batches.queries import query
 from serve_app.batches.results import write_results
@@ -90,6 +93,7 @@ class House:
             if errors:
                 listed = orjson.dumps(errors).decode()
                 await connection.execute(query("fail_batch"), batch.id, listed)
+                await AuditLog().append_all(connection, _refusals(batch, checker))
                 _log(batch, "batch_failed")
         return False
 
@@ -151,6 +155,17 @@ async def _insert(connection: Connection, batch: OpenBatch, lines: list[LineRequ
             [line.custom_id for line in lines],
             [line.body for line in lines],
         )
+
+
+def _refusals(batch: OpenBatch, checker: LineChecker) -> list[AuditAct]:
+    actor = Actor(
+        id=batch.principal.id, kind=batch.principal.kind, api_key_id=batch.principal.api_key_id
+    )
+    after = {"batch": batch.id}
+    return [
+        AuditAct(actor=actor, action=REFUSE, target=denied, after=after)
+        for denied in sorted(checker.denied)
+    ]
 
 
 def _log(batch: OpenBatch, action: str) -> None:

@@ -98,6 +98,8 @@ class LineChecker:
         self._endpoint = endpoint
         self._custom_ids: set[str] = set()
         self._models: set[str] = set()
+        # What the principal was refused, for the audit log.
+        self.denied: set[str] = set()
         self._total = 0
         self._errors: list[LineError] = []
 
@@ -196,6 +198,8 @@ class LineChecker:
             name = model_name(body, self._config.default_model)
             find_model(self._config, name, self._principal)
         except ModelNotFound as error:
+            if error.denied is not None:
+                self.denied.add(error.denied)
             raise _Wrong("model_not_found", error.message, "body.model") from None
         except InvalidRequest as error:
             raise _Wrong("missing_required_parameter", error.message, "body.model") from None

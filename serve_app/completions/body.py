@@ -113,6 +113,7 @@ def find_model(config: GatewayConfig, name: str, principal: Principal) -> ModelE
             f"The model `{name[:100]}` does not exist or you may not use it. "
             "GET /v1/models lists the models that you may use.",
             param="model",
+            denied=None if model is None else f"model:{model.name}",
         )
     return model
 

@@ -11,7 +11,13 @@ from serve_app.completions.answers import Answers
 from serve_app.completions.sse import Usage
 from serve_app.config import Bodies, ModelEntry
 from serve_app.contracts import Allowance, Lease, Reservation, Spent
-from serve_app.errors import ClientGone, DeadlineExceeded, InternalError, RequestError
+from serve_app.errors import (
+    ClientGone,
+    DeadlineExceeded,
+    InternalError,
+    PermissionDenied,
+    RequestError,
+)
 from serve_app.identity.principal import Principal
 from serve_app.queueing.ticket import Ticket
 from serve_app.records import Outcome, RequestRecord, new_id, utc_now
@@ -142,10 +148,18 @@ class Exchange:
             time_to_first_token_ms=_ms(self.timings.time_to_first_token_s),
             inter_token_mean_ms=self._inter_token_mean_ms(usage),
             duration_ms=round(self.elapsed_s * 1000, 3),
+            denied=self._denied(),
             replica_id=self.lease.grant.replica_id if self.lease else None,
             request_body=self._request_text() if bodies is Bodies.FULL else None,
             response_text=self._answer_text() if bodies is Bodies.FULL else None,
         )
+
+    def _denied(self) -> str | None:
+        if self.error is None or self.principal is None:
+            return None
+        if isinstance(self.error, PermissionDenied):
+            return self.error.denied or self.error.code
+        return self.error.denied
 
     def _outcome(self) -> Outcome:
         if self.error is None:

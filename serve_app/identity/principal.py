@@ -50,7 +50,8 @@ class Principal:
         """Raise PermissionDenied unless this principal holds `permission`; admins hold all."""
         if permission not in self.permissions and Permission.ADMIN not in self.permissions:
             raise PermissionDenied(
-                f"This needs the permission {permission}. Ask your administrator for that role."
+                f"This needs the permission {permission}. Ask your administrator for that role.",
+                denied=permission.value,
             )
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from conftest import MIGRATIONS, PostgresServer
 
 from serve_app.accounts import writer
 from serve_app.accounts.request_log import LogBroken, LogConfig, LogStatus, RequestLog
@@ -22,6 +21,7 @@ from serve_app.accounts.spool import Spool
 from serve_app.database import connect, migrate
 from serve_app.records import Outcome, PrincipalKind, RequestRecord, new_id, utc_now
 from serve_app.settings import PostgresSettings
+from tests.integration.conftest import MIGRATIONS, PostgresServer
 
 _TIMEOUT_S = 60.0
 _CONFIG = LogConfig(backoff_first_s=0.01, backoff_most_s=0.1)
@@ -82,6 +82,7 @@ def _full_record() -> RequestRecord:
         inter_token_mean_ms=12.25,
         duration_ms=900.125,
         replica_id="replica-1",
+        denied="model:m",
     )
 
 

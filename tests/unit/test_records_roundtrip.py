@@ -42,6 +42,7 @@ records = st.builds(
     inter_token_mean_ms=_ms,
     duration_ms=st.floats(allow_nan=False, allow_infinity=False),
     replica_id=st.none() | _text,
+    denied=st.none() | _text,
     request_body=st.none() | _text,
     response_text=st.none() | _text,
 )
