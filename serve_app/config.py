@@ -14,11 +14,15 @@ from typing import Annotated, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from serve_app.errors import ConfigError
+from serve_app.identity.permission import Permission
 
 Name = Annotated[
     str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$")
 ]
 
+NamePattern = Annotated[
+    str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9*?][A-Za-z0-9._/:*?-]*$")
+]
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -269,6 +273,10 @@ class ModelEntry(_Config):
     price_per_million_completion_tokens: Price | None = Field(
         default=None, description="In the currency of the limits; nothing where not set."
     )
+    restricted: bool = Field(
+        default=False,
+        description="Only for those whose list of models names it, and for admins.",
+    )
     priority: bool = Field(
         default=False,
         description="The engine schedules by priority (`scheduling_policy: priority`), so "
@@ -287,6 +295,56 @@ class ModelEntry(_Config):
         cost = prompt_tokens * (self.price_per_million_prompt_tokens or 0)
         cost += completion_tokens * (self.price_per_million_completion_tokens or 0)
         return math.ceil(cost)
+
+
+class Grant(_Config):
+    """What a role or a group gives to those who have it."""
+
+    permissions: tuple[Permission, ...] = Field(
+        default=(), description="Permissions that it gives."
+    )
+    models: tuple[NamePattern, ...] | None = Field(
+        default=None,
+        description="Models that it allows: names, or patterns with `*` and `?`. Who has one list "
+        "or more may use what stands on them and nothing else.",
+    )
+
+
+# The scope of an API key is nobody's role.
+_DEFAULT_ROLES = {
+    permission.value: Grant(permissions=(permission,))
+    for permission in Permission
+    if permission is not Permission.KEYS
+}
+
+
+class AccessConfig(_Config):
+    """What roles and groups of a token give. What nothing here gives is not given."""
+
+    roles: dict[str, Grant] | None = Field(
+        default=None,
+        description="Grants by role, as the issuer names it. Where not set, the roles "
+        "comp-ai:user, comp-ai:admin and comp-ai:auditor give the permission of their name.",
+    )
+    groups: dict[str, Grant] = Field(
+        default_factory=dict,
+        description="Grants by group, as the issuer names it, without a leading slash.",
+    )
+    model_role_prefix: str | None = Field(
+        default="comp-ai:model:",
+        min_length=1,
+        description="A role of this prefix and a model's name allows that model, as a list does.",
+    )
+
+    @property
+    def by_role(self) -> dict[str, Grant]:
+        """What each role gives."""
+        return _DEFAULT_ROLES if self.roles is None else self.roles
+
+    def named_model(self, role: str) -> str | None:
+        """Return the model that `role` names by its prefix, or None."""
+        prefix = self.model_role_prefix
+        return role.removeprefix(prefix) if prefix and role.startswith(prefix) else None
 
 
 class Caps(_Config):
@@ -420,6 +478,9 @@ class GatewayConfig(_Config):
         description="Let the engine fetch pictures, sound and film from addresses that a "
         "request names.",
     )
+    access: AccessConfig = Field(
+        default=AccessConfig(), description="Permissions and models by role and group."
+    )
     limits: LimitsConfig = Field(
         default=LimitsConfig(), description="How much may be used, and by whom."
     )
@@ -493,6 +554,19 @@ class GatewayConfig(_Config):
             if model.has_price and self.limits.currency is None:
                 allowed = f"a currency, as models.{index} has a price"
                 raise _WrongSetting("limits.currency", None, allowed)
+        return self
+
+    @model_validator(mode="after")
+    def _grants_name_models(self) -> Self:
+        names = {model.name for model in self.models}
+        grants = {"roles": self.access.by_role, "groups": self.access.groups}
+        for kind, by_name in grants.items():
+            for holder, grant in by_name.items():
+                for entry in grant.models or ():
+                    if "*" not in entry and "?" not in entry and entry not in names:
+                        setting = f"access.{kind}.{holder}.models"
+                        allowed = "the name of a model, no alias, or a pattern with * or ?"
+                        raise _WrongSetting(setting, entry, allowed)
         return self
 
     def model(self, name: str) -> ModelEntry | None:

@@ -191,7 +191,10 @@ class PermissionDenied(RequestError):
         "the principal lacks a permission that the message names; or a key is to do more than "
         "who makes or changes it may do, and `param` names the field"
     )
-    remedy = "ask for that role; give the key less"
+    remedy = (
+        "ask for a role or a group that gives it, see [access](access.md#permissions); "
+        "give the key less"
+    )
 
 
 class NotFound(RequestError):

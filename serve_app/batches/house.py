@@ -22,6 +22,7 @@ from serve_app.batches.results import write_results
 from serve_app.batches.validation import LineChecker, LineRequest, LineSplitter
 from serve_app.batches.verdict import CANCELLED, EXPIRED
 from serve_app.config import GatewayConfig
+from serve_app.identity.access import with_access
 from serve_app.lazy_pool import Connection, LazyPool
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ class House:
         async with self._alone(batch) as connection:
             if connection is None:
                 return False
-            checker = LineChecker(config, batch.principal, batch.endpoint)
+            principal = with_access(batch.principal, config)
+            checker = LineChecker(config, principal, batch.endpoint)
             found = await self._add_lines(connection, batch, checker, config)
             errors = checker.errors() if found else [_NO_FILE]
             if not errors:

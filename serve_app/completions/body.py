@@ -108,7 +108,7 @@ def find_model(config: GatewayConfig, name: str, principal: Principal) -> ModelE
         ModelNotFound: there is none, or `principal` may not use it; the same to a caller.
     """
     model = config.model(name)
-    if model is None or not principal.may_use(model.name):
+    if model is None or not principal.may_use(model):
         raise ModelNotFound(
             f"The model `{name[:100]}` does not exist or you may not use it. "
             "GET /v1/models lists the models that you may use.",

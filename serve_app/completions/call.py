@@ -43,6 +43,7 @@ from serve_app.errors import (
     SlowClient,
     to_openai,
 )
+from serve_app.identity.access import with_access
 from serve_app.identity.principal import Permission, Principal
 from serve_app.identity.sign_ins import SignIns
 from serve_app.limits.headers import ratelimit_headers
@@ -149,7 +150,7 @@ class Call:
     async def _authenticate(self) -> Principal:
         begun_s = time.perf_counter()
         try:
-            principal = await self._principal()
+            principal = with_access(await self._principal(), self._config)
         finally:
             self.exchange.timings.auth_s = time.perf_counter() - begun_s
         self.exchange.principal = principal

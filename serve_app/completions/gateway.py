@@ -67,7 +67,7 @@ class Gateway:
         """Answer with the models that the caller may use."""
 
         async def models(principal: Principal, _request: Request) -> Document:
-            usable = [m for m in self.config.models if principal.may_use(m.name)]
+            usable = [m for m in self.config.models if principal.may_use(m)]
             cards = [_card(name, m) for m in usable for name in (m.name, *m.aliases)]
             return Document(orjson.dumps({"object": "list", "data": cards}))
 

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import enum
 import uuid
 from dataclasses import dataclass
 from typing import Protocol
 
-from serve_app.config import LimitPolicy
+from serve_app.config import LimitPolicy, ModelEntry
 from serve_app.errors import PermissionDenied
+from serve_app.identity.permission import Permission as Permission
 from serve_app.records import PrincipalKind
-
-
-class Permission(enum.StrEnum):
-    """What a principal may do, in the words of the realm's roles."""
-
-    USER = "comp-ai:user"
-    ADMIN = "comp-ai:admin"
-    AUDITOR = "comp-ai:auditor"
-    # Lets an API key manage the keys of its owner; who signs in otherwise may do so anyway.
-    KEYS = "comp-ai:keys"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
     """A caller whose credential was verified.
 
-    `id` is the token's `sub`, or the owner of the API key. `models` None allows every model.
-    `roles` are all that the token names, those of the permissions among them; `groups` its
-    groups, without a leading slash. `client_id` is the client that the token was given to
-    (`azp`). `limits` are those of the API key itself.
+    `id` is the token's `sub`, or the owner of the API key. `models` are the names of those that
+    it may use; None allows every model that is not restricted. `roles` are all that the token
+    names, those of the permissions among them; `groups` its groups, without a leading slash.
+    `client_id` is the client that the token was given to (`azp`). `limits` are those of the API
+    key itself.
+
+    What a token gives is not known before `serve_app.identity.access` has mapped it.
     """
 
     id: str
@@ -42,13 +35,19 @@ class Principal:
     client_id: str | None = None
     limits: LimitPolicy | None = None
 
-    def may_use(self, model: str) -> bool:
-        """Tell whether this principal may use `model`."""
-        return self.models is None or model in self.models
+    def may_use(self, model: ModelEntry) -> bool:
+        """Tell whether this principal may use `model`, under whichever of its names."""
+        if self.models is not None:
+            return model.name in self.models
+        return not model.restricted or Permission.ADMIN in self.permissions
+
+    def holds(self, permission: Permission) -> bool:
+        """Tell whether this principal holds `permission`; admins hold all."""
+        return permission in self.permissions or Permission.ADMIN in self.permissions
 
     def require(self, permission: Permission) -> None:
-        """Raise PermissionDenied unless this principal holds `permission`; admins hold all."""
-        if permission not in self.permissions and Permission.ADMIN not in self.permissions:
+        """Raise PermissionDenied unless this principal holds `permission`."""
+        if not self.holds(permission):
             raise PermissionDenied(
                 f"This needs the permission {permission}. Ask your administrator for that role.",
                 denied=permission.value,

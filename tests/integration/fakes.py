@@ -280,9 +280,11 @@ class FakeAuthenticator:
 
 
 def principal(principal_id: str, **more: Any) -> Principal:
-    """Return a user."""
-    fields = {"kind": PrincipalKind.USER, "permissions": frozenset({Permission.USER})}
-    return Principal(id=principal_id, **{**fields, **more})
+    """Return a user, with the roles that give the permissions and models in `more`."""
+    fields = {"kind": PrincipalKind.USER, "permissions": frozenset({Permission.USER}), **more}
+    roles = {str(permission) for permission in fields["permissions"]}
+    roles |= {f"comp-ai:model:{model}" for model in fields.get("models") or ()}
+    return Principal(id=principal_id, **{**fields, "roles": roles | fields.get("roles", set())})
 
 
 class Watched:

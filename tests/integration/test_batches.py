@@ -479,6 +479,23 @@ async def test_bad_lines_fail_the_batch_with_their_numbers(
     assert served.replica.counters.completion_tokens == 0
 
 
+async def test_a_model_that_is_not_allowed_fails_like_an_unknown_one_and_is_audited(
+    served: World, connection: asyncpg.Connection
+) -> None:
+    served.authenticator.principals[OTHER_KEY] = principal("user-2", models=frozenset({"big"}))
+    async with client_of(served, OTHER_KEY) as other:
+        batch = await begin(other, chat("a"), chat("b"), chat("c", model="unknown"))
+        async with running(served):
+            failed = await ended(other, batch.id, "failed")
+    assert failed.errors is not None
+    messages = {(error.message or "").replace("small", "unknown") for error in failed.errors.data}
+    assert len(messages) == 1
+    rows = await connection.fetch("select actor_id, action, target, after from comp_ai.audit_log")
+    assert [tuple(row) for row in rows] == [
+        ("user-2", "permission.refuse", "model:small", f'{{"batch":"{batch.id}"}}')
+    ]
+
+
 async def test_an_empty_file_fails(served: World, ai: openai.AsyncOpenAI) -> None:
     batch = await begin(ai, b"", b"  ")
     async with running(served):
