@@ -18,6 +18,7 @@ from deployments.limits import Limits
 from deployments.metrics import RayBatchMetrics, RayGatewayMetrics
 from deployments.request_log import RequestLog, RequestLogOptions
 from deployments.seams import RayLimitKeeper, RayModelPool, RayRecordSink
+from serve_app.audit.policy import PolicyJournal
 from serve_app.batches.runner import BatchRunner
 from serve_app.completions import gateway
 from serve_app.completions.body import Defaults
@@ -100,6 +101,7 @@ class Gateway:
         )
         self._sweeper = Sweeper(self._parts.database)
         self._sweeper.start()
+        self._journal = PolicyJournal(self._parts.database)
         self._gateway: gateway.Gateway | None = None
         self._batches: BatchRunner | None = None
 
@@ -112,6 +114,7 @@ class Gateway:
             self._batches.start()
         else:
             self._gateway.config = config
+        self._journal.note(config.model_dump(mode="json"))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP app; Serve calls this after the constructor."""
@@ -124,6 +127,7 @@ class Gateway:
     async def __del__(self) -> None:
         """Finish what is under way, then close; Serve calls this after it has drained."""
         await self._sweeper.close()
+        await self._journal.close()
         if self._batches is not None:
             await self._batches.close()
         if self._gateway is not None:

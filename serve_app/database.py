@@ -18,6 +18,8 @@ from typing import Any
 
 import asyncpg
 
+from serve_app.audit.act import Actor, AuditAct
+from serve_app.audit.log import AuditLog
 from serve_app.errors import CompAIError, ConfigError
 from serve_app.settings import PostgresSettings
 
@@ -188,8 +190,12 @@ async def plan(settings: PostgresSettings, *, directory: Path) -> list[Migration
         return _pending(migrations, await _applied(connection))
 
 
-async def migrate(settings: PostgresSettings, *, directory: Path) -> list[Migration]:
+async def migrate(
+    settings: PostgresSettings, *, directory: Path, actor: Actor | None = None
+) -> list[Migration]:
     """Apply the migrations that the database lacks, each in a transaction; return them.
+
+    With an `actor` each is in the audit log, from the one on that makes it.
 
     Two runners at once are safe: the second waits for the first and finds nothing to do.
 
@@ -206,7 +212,7 @@ async def migrate(settings: PostgresSettings, *, directory: Path) -> list[Migrat
         await _create_registry(connection)
         pending = _pending(migrations, await _applied(connection))
         for migration in pending:
-            await _apply(connection, migration)
+            await _apply(connection, migration, actor)
     return pending
 
 
@@ -272,7 +278,7 @@ def _check(migration: Migration, applied: dict[int, Applied]) -> None:
         )
 
 
-async def _apply(connection: asyncpg.Connection, migration: Migration) -> None:
+async def _apply(connection: asyncpg.Connection, migration: Migration, actor: Actor | None) -> None:
     label = f"{migration.version:04}_{migration.name}"
     try:
         async with connection.transaction():
@@ -287,5 +293,17 @@ async def _apply(connection: asyncpg.Connection, migration: Migration) -> None:
                 migration.name,
                 migration.sha256,
             )
+            if actor is not None:
+                await _note(connection, label, migration, actor)
     except asyncpg.PostgresError as error:
         raise MigrationError(f"Migration {label} failed and was undone: {error}") from error
+
+
+async def _note(
+    connection: asyncpg.Connection, label: str, migration: Migration, actor: Actor
+) -> None:
+    if await connection.fetchval("select to_regclass('comp_ai.audit_head')") is None:
+        return
+    after = {"sha256": migration.sha256}
+    act = AuditAct(actor=actor, action="schema.migrate", target=label, after=after)
+    await AuditLog().append(connection, act)

@@ -18,6 +18,7 @@ from serve_app.stack.postgres import EmbeddedPostgres
 
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
 FIRST_KEY_OWNER = "first-start"
+_UP = Actor(id="comp-ai up", kind=SERVICE_ITSELF)
 
 
 def is_embedded(environ: Mapping[str, str]) -> bool:
@@ -68,7 +69,7 @@ async def key_store(settings: PostgresSettings) -> AsyncIterator[ApiKeyStore]:
 
 async def apply_migrations(settings: PostgresSettings) -> int:
     """Bring the schema up to date; return how many migrations were applied."""
-    return len(await migrate(settings, directory=MIGRATIONS))
+    return len(await migrate(settings, directory=MIGRATIONS, actor=_UP))
 
 
 async def first_key(settings: PostgresSettings, home: Home) -> str:
@@ -79,8 +80,7 @@ async def first_key(settings: PostgresSettings, home: Home) -> str:
             if await _works(store, plain):
                 return plain
         terms = KeyTerms(name="made by the first start")
-        by = Actor(id="comp-ai up", kind=SERVICE_ITSELF)
-        plain, _ = await store.create(terms, owner=FIRST_KEY_OWNER, by=by)
+        plain, _ = await store.create(terms, owner=FIRST_KEY_OWNER, by=_UP)
     write_secret(home.first_key, plain)
     return plain
 
