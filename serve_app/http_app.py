@@ -15,6 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serve_app.audit.http import add_audit
 from serve_app.batches.http import add_batches
 from serve_app.completions.kinds import Kind
 from serve_app.keys_api import add_keys
@@ -53,6 +54,7 @@ def create_app(gateway: GetGateway, checks: Callable[[], list[Check]]) -> FastAP
     _add_models(app, gateway)
     add_batches(app, gateway)
     add_keys(app, gateway)
+    add_audit(app, gateway)
     _add_health(app, checks)
     _add_docs(app)
     add_refusals(app, gateway)

@@ -44,16 +44,24 @@ class AuditLog:
 
     async def append_all(self, connection: Connection, acts: Sequence[AuditAct]) -> None:
         """Add acts to the chain in their order, as `append` does."""
-        if not connection.is_in_transaction():
-            raise RuntimeError("an act and its audit row belong into one transaction")
         if not acts:
             return
-        head = await connection.fetchrow(query("lock_head"))
-        assert head is not None
-        entries = list(chained(Link(head["seq"], head["hash"]), acts, utc_now()))
+        entries = list(chained(await self.hold(connection), acts, utc_now()))
         rows = [(*_values(entry), entry.digest()) for entry in entries]
         await connection.executemany(_append(), rows)
         await connection.execute(query("move_head"), rows[-1][0], rows[-1][-1])
+
+    async def hold(self, connection: Connection) -> Link:
+        """Return the end of the chain, and let nobody else append before the transaction ends.
+
+        Raises:
+            RuntimeError: `connection` is not in a transaction.
+        """
+        if not connection.is_in_transaction():
+            raise RuntimeError("an act and its audit row belong into one transaction")
+        head = await connection.fetchrow(query("lock_head"))
+        assert head is not None
+        return Link(head["seq"], head["hash"])
 
 
 def _append() -> str:

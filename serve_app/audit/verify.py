@@ -15,6 +15,7 @@ import orjson
 
 from serve_app.audit.chain import ENTRY_COLUMNS, START, Entry, Link
 from serve_app.audit.log import query
+from serve_app.records import utc_now
 
 if TYPE_CHECKING:
     import asyncpg
@@ -131,8 +132,9 @@ class _Walk:
 
 
 def write_checkpoint(link: Link) -> bytes:
-    """Return a checkpoint of `link` as JSON."""
-    return orjson.dumps({"seq": link.seq, "hash": link.hash.hex()}) + b"\n"
+    """Return a checkpoint of `link` as JSON; the time in it is for people."""
+    taken_at = utc_now().isoformat(timespec="seconds")
+    return orjson.dumps({"seq": link.seq, "hash": link.hash.hex(), "taken_at": taken_at}) + b"\n"
 
 
 def read_checkpoint(data: bytes) -> Link:
@@ -142,10 +144,8 @@ def read_checkpoint(data: bytes) -> Link:
         ValueError: `data` is no checkpoint.
     """
     raw: Any = orjson.loads(data)
-    if not isinstance(raw, dict) or raw.keys() != {"seq", "hash"}:
-        raise ValueError("not a checkpoint")
-    seq, digest = raw["seq"], raw["hash"]
-    if not isinstance(seq, int) or not isinstance(digest, str) or seq < 0:
+    seq, digest = (raw.get("seq"), raw.get("hash")) if isinstance(raw, dict) else (None, None)
+    if type(seq) is not int or seq < 0 or not isinstance(digest, str):
         raise ValueError("not a checkpoint")
     link = Link(seq, bytes.fromhex(digest))
     if len(link.hash) != _HASH_BYTES:

@@ -31,8 +31,10 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="API keys, for programs that have no OpenID Connect.")
 model_app = typer.Typer(help="Model weights.")
+audit_app = typer.Typer(help="The audit log: administrative acts and refusals of permission.")
 app.add_typer(keys_app, name="keys", no_args_is_help=True)
 app.add_typer(model_app, name="model", no_args_is_help=True)
+app.add_typer(audit_app, name="audit", no_args_is_help=True)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -101,10 +103,15 @@ def migrate(
 ) -> None:
     """Bring the database schema up to date."""
     from serve_app import database
+    from serve_app.audit.act import Actor
     from serve_app.stack.accounts import MIGRATIONS
 
-    run = database.plan if plan else database.migrate
-    migrations = _run(run(_postgres(), directory=MIGRATIONS))
+    postgres = _postgres()
+    if plan:
+        migrations = _run(database.plan(postgres, directory=MIGRATIONS))
+    else:
+        actor = Actor.operator()
+        migrations = _run(database.migrate(postgres, directory=MIGRATIONS, actor=actor))
     word = "to apply" if plan else "applied"
     for migration in migrations:
         typer.echo(f"{word}: {migration.version:04}_{migration.name}")
@@ -220,6 +227,45 @@ def keys_revoke(key: KeyArgument) -> None:
     from serve_app.cli import keys
 
     _run(keys.revoke(_postgres(), key))
+
+
+@audit_app.command("list")
+def audit_list(
+    actor: Annotated[str | None, typer.Option(help="Only acts of this principal.")] = None,
+    action: Annotated[str | None, typer.Option(help="Only such acts, as key.create.")] = None,
+    since: Annotated[str | None, typer.Option(help="First moment, in ISO 8601.")] = None,
+    until: Annotated[str | None, typer.Option(help="First moment after the last.")] = None,
+    limit: Annotated[int, typer.Option(help="Most rows, the latest.", min=1, max=100_000)] = 50,
+    as_json: JsonOption = False,
+) -> None:
+    """Show who did what, when and from where."""
+    from serve_app.cli import audit
+
+    wanted = audit.read_filter(actor, action, since, until)
+    _run(audit.show(_postgres(), wanted, limit, as_json=as_json))
+
+
+@audit_app.command("verify")
+def audit_verify(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint that the log must continue.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find what was changed, removed, inserted or moved; exit code 1 if anything was."""
+    from serve_app.cli import audit
+
+    raise typer.Exit(_run(audit.check(_postgres(), checkpoint, as_json=as_json)))
+
+
+@audit_app.command("checkpoint")
+def audit_checkpoint(
+    file: Annotated[Path, typer.Argument(help="File to write it to; - for stdout.")],
+) -> None:
+    """Verify the log and write down where it ends, to be kept outside the database."""
+    from serve_app.cli import audit
+
+    raise typer.Exit(_run(audit.take_checkpoint(_postgres(), file)))
 
 
 @model_app.command("fetch")

@@ -118,11 +118,12 @@ class Call:
                 again = await self._lease_elsewhere(principal, ask, attempt, failure)
                 await self._relay(again, ask)
 
-    async def document(self, handler: Handler) -> None:
+    async def document(self, handler: Handler, permission: Permission | None) -> None:
         """Answer a signed-in caller where no model is needed."""
         async with self._deadline():
             principal = await self._authenticate()
-            principal.require(Permission.USER)
+            if permission is not None:
+                principal.require(permission)
             answer = await handler(principal, self._request)
             if isinstance(answer, Download):
                 await self._send_parts(answer)

@@ -18,7 +18,7 @@ from serve_app.completions.kinds import Kind
 from serve_app.completions.parts import Document, Handler, OnBehalf, Parts
 from serve_app.config import GatewayConfig, ModelEntry
 from serve_app.errors import RequestError
-from serve_app.identity.principal import Principal
+from serve_app.identity.principal import Permission, Principal
 from serve_app.identity.sign_ins import SignIns
 from serve_app.stored.responses import ResponseStore
 from serve_app.stored.service import Responses
@@ -58,10 +58,21 @@ class Gateway:
         await self._answer(call, call.complete(kind))
         return collected.answered()
 
-    async def document(self, route: str, handler: Handler, request: Request, send: Send) -> None:
-        """Answer a signed-in caller with what `handler` returns; no model is needed."""
+    async def document(
+        self,
+        route: str,
+        handler: Handler,
+        request: Request,
+        send: Send,
+        *,
+        permission: Permission | None = Permission.USER,
+    ) -> None:
+        """Answer a signed-in caller with what `handler` returns; no model is needed.
+
+        Where `permission` is None, whoever is signed in gets an answer.
+        """
         call = self._call(route, request, send)
-        await self._answer(call, call.document(handler))
+        await self._answer(call, call.document(handler, permission))
 
     async def list_models(self, request: Request, send: Send) -> None:
         """Answer with the models that the caller may use."""

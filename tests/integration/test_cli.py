@@ -38,7 +38,7 @@ def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
 
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    for command in ("up", "status", "migrate", "token", "keys", "model"):
+    for command in ("up", "status", "migrate", "token", "keys", "model", "audit"):
         assert command in text
 
 
