@@ -18,6 +18,7 @@ from starlette.responses import Response
 from serve_app.audit.http import add_audit
 from serve_app.batches.http import add_batches
 from serve_app.completions.kinds import Kind
+from serve_app.identity.me import add_me
 from serve_app.keys_api import add_keys
 from serve_app.openapi import DESCRIPTION, completed, completion_docs
 from serve_app.refusals import add_refusals
@@ -54,6 +55,8 @@ def create_app(gateway: GetGateway, checks: Callable[[], list[Check]]) -> FastAP
     _add_models(app, gateway)
     add_batches(app, gateway)
     add_keys(app, gateway)
+    add_me(app, gateway)
+    add_audit(app, gateway)
     add_audit(app, gateway)
     _add_health(app, checks)
     _add_docs(app)

@@ -27,12 +27,15 @@ def with_access(principal: Principal, config: GatewayConfig) -> Principal:
     )
 
 
-def counted_roles(principal: Principal, access: AccessConfig) -> frozenset[str]:
-    """Return those of the principal's roles that the policy knows."""
+def counted_roles(principal: Principal, config: GatewayConfig) -> frozenset[str]:
+    """Return those of the principal's roles that the policy knows, for whatever it may be."""
+    known = (
+        config.access.by_role.keys() | config.standings.roles.keys() | config.limits.roles.keys()
+    )
     return frozenset(
         role
         for role in principal.roles
-        if role in access.by_role or access.named_model(role) is not None
+        if role in known or config.access.named_model(role) is not None
     )
 
 

@@ -164,7 +164,13 @@ def test_an_admin_holds_every_permission_and_an_auditor_only_one() -> None:
 
 def test_the_roles_that_count_are_those_that_the_policy_knows() -> None:
     asks = token("staff", "offline_access", "comp-ai:model:small", "comp-ai:user")
-    assert counted_roles(asks, config(**TEAM).access) == {"staff", "comp-ai:model:small"}
+    assert counted_roles(asks, config(**TEAM)) == {"staff", "comp-ai:model:small"}
+    more = {
+        "standings": {"roles": {"offline_access": {}}},
+        "limits": {"roles": {"x": {"members": "each"}}},
+    }
+    policy = GatewayConfig.model_validate({"models": MODELS, **more})
+    assert counted_roles(token("offline_access", "x", "y"), policy) == {"offline_access", "x"}
 
 
 @pytest.mark.parametrize(
