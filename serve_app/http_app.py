@@ -57,7 +57,6 @@ def create_app(gateway: GetGateway, checks: Callable[[], list[Check]]) -> FastAP
     add_keys(app, gateway)
     add_me(app, gateway)
     add_audit(app, gateway)
-    add_audit(app, gateway)
     _add_health(app, checks)
     _add_docs(app)
     add_refusals(app, gateway)

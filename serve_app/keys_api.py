@@ -188,7 +188,8 @@ class _Keys:
 
     async def _bounds(self, principal: Principal) -> Bounds:
         own = principal.api_key_id
-        return Bounds.of(principal, None if own is None else await self._store.get(own))
+        models = self._gateway().config.models
+        return Bounds.of(principal, None if own is None else await self._store.get(own), models)
 
     # The handlers.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from serve_app.config import LimitPolicy
+from serve_app.config import LimitPolicy, ModelEntry
 from serve_app.errors import PermissionDenied
 from serve_app.identity.api_keys import ApiKey, KeyTerms
 from serve_app.identity.principal import Permission, Principal
@@ -34,16 +34,26 @@ def require_new_keys(principal: Principal) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """The most that a key may do. None is no bound."""
+    """The most that a key may do. None is no bound.
+
+    `usable` are the models that a list may name: a name that is not on offer is refused like one
+    of a model that the owner may not use, so that nobody finds out what there is.
+    """
 
     permissions: frozenset[Permission]
     models: frozenset[str] | None = None
+    usable: frozenset[str] | None = None
     limits: LimitPolicy | None = None
     expires_at: datetime | None = None
 
     @classmethod
-    def of(cls, principal: Principal, own_key: ApiKey | None) -> Bounds:
-        """Return what `principal`, who signed in with `own_key` or otherwise, may give away."""
+    def of(
+        cls, principal: Principal, own_key: ApiKey | None, models: Iterable[ModelEntry]
+    ) -> Bounds:
+        """Return what `principal`, who signed in with `own_key` or otherwise, may give away.
+
+        `models` are those on offer.
+        """
         permissions = principal.permissions
         if Permission.ADMIN in permissions:
             permissions = frozenset(Permission)
@@ -52,6 +62,7 @@ class Bounds:
         return cls(
             permissions=permissions,
             models=principal.models,
+            usable=frozenset(model.name for model in models if principal.may_use(model)),
             limits=principal.limits,
             expires_at=None if own_key is None else own_key.terms.expires_at,
         )
@@ -72,6 +83,8 @@ class Bounds:
             yield "permissions", f"you do not hold {', '.join(sorted(more))}"
         if self.models is not None and (terms.models is None or not terms.models <= self.models):
             yield "models", f"your models are {', '.join(sorted(self.models))}"
+        elif terms.models is not None and self.usable is not None and terms.models - self.usable:
+            yield "models", f"the models that you may use are {', '.join(sorted(self.usable))}"
         if (name := looser(terms.limits, self.limits)) is not None:
             yield "limits", f"your own `{name}` is lower"
         if self.expires_at is not None and (

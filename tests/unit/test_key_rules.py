@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.config import LimitPolicy
+from serve_app.config import LimitPolicy, ModelEntry
 from serve_app.errors import PermissionDenied
 from serve_app.identity.api_keys import KeyTerms
 from serve_app.identity.key_rules import Bounds, looser, require_new_keys, require_own_keys
@@ -44,10 +44,27 @@ def test_a_key_with_limits_makes_no_others() -> None:
 
 
 def test_what_may_be_given_away() -> None:
-    assert Bounds.of(ADA, None).permissions == {Permission.USER, Permission.KEYS}
-    assert Bounds.of(KEY, None).permissions == {Permission.USER}
+    assert Bounds.of(ADA, None, ()).permissions == {Permission.USER, Permission.KEYS}
+    assert Bounds.of(KEY, None, ()).permissions == {Permission.USER}
     admin = replace(KEY, permissions=frozenset({Permission.ADMIN}))
-    assert Bounds.of(admin, None).permissions == frozenset(Permission)
+    assert Bounds.of(admin, None, ()).permissions == frozenset(Permission)
+
+
+def test_a_list_names_no_model_that_its_owner_may_not_use_nor_tells_that_there_is_one() -> None:
+    models = [
+        ModelEntry(name="small", app="a"),
+        ModelEntry(name="secret", app="a", restricted=True),
+    ]
+    bounds = Bounds.of(ADA, None, models)
+    bounds.check(KeyTerms(name="k", models=frozenset({"small"})))
+    bounds.check(KeyTerms(name="k"))
+    said = []
+    for name in ("secret", "absent"):
+        with pytest.raises(PermissionDenied) as refused:
+            bounds.check(KeyTerms(name="k", models=frozenset({"small", name})))
+        said.append((refused.value.param, refused.value.message))
+    assert said[0] == said[1]
+    assert said[0][0] == "models"
 
 
 def test_as_much_as_one_has_is_allowed() -> None:
