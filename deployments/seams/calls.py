@@ -21,6 +21,9 @@ _RETRY_MOST_S = 1.0
 
 Answer = TypeVar("Answer")
 
+# However a call through Serve can fail, errors of the code over there included.
+CALL_FAILED = (RayError, RayServeException, grpc.RpcError)
+
 
 async def until_answered(
     call: Callable[[], Awaitable[Answer]],
@@ -62,6 +65,6 @@ async def answers(call: Any, timeout_s: float = 5.0) -> bool:
     try:
         async with asyncio.timeout(timeout_s):
             await call
-    except (RayError, RayServeException, grpc.RpcError, TimeoutError):
+    except (*CALL_FAILED, TimeoutError):
         return False
     return True

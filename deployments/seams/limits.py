@@ -8,11 +8,9 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.seams.calls import answers, until_answered
+from deployments.seams.calls import CALL_FAILED, answers, until_answered
 from serve_app.contracts import (
     Allowance,
     LimitState,
@@ -92,7 +90,7 @@ class RayLimitKeeper:
             try:
                 async with asyncio.timeout(_RENEW_EVERY_S):
                     await self._tell()
-            except (RayError, RayServeException, TimeoutError):
+            except (*CALL_FAILED, TimeoutError):
                 logger.warning("limits did not answer")
             await asyncio.sleep(_RENEW_EVERY_S)
 
