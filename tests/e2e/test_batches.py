@@ -82,9 +82,12 @@ def test_batch_that_is_cancelled_stops(client: OpenAI) -> None:
         _line(f"line-{number}", "Count.", max_tokens=200, min_tokens=200) for number in range(40)
     ]
     batch = _started(client, *lines)
+    wait_until(lambda: client.batches.retrieve(batch.id).status == "in_progress", "it runs", 60)
     client.batches.cancel(batch.id)
     done = _ended(client, batch)
     assert done.status == "cancelled"
+    assert done.request_counts is not None
+    assert done.request_counts.completed < len(lines)
     assert done.error_file_id is not None
     errors = client.files.content(done.error_file_id).text.splitlines()
     assert {orjson.loads(line)["error"]["code"] for line in errors} == {"batch_cancelled"}
