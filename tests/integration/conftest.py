@@ -7,10 +7,11 @@ import itertools
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from serve_app.database import connect, migrate
@@ -129,6 +130,14 @@ def database(postgres_server: PostgresServer) -> Iterator[PostgresSettings]:
     settings = postgres_server.new_database(_TEMPLATE)
     yield settings
     postgres_server.drop(settings)
+
+
+@pytest.fixture
+async def connection(database: PostgresSettings) -> AsyncIterator[asyncpg.Connection]:
+    """A connection to `database`, as the role that the service has."""
+    opened = await connect(database, application_name="tests")
+    yield opened
+    await opened.close()
 
 
 @pytest.fixture

@@ -122,11 +122,9 @@ async def _until(log: RequestLog, reached: Callable[[LogStatus], bool]) -> None:
 
 
 @pytest.fixture
-async def connection(database: PostgresSettings) -> AsyncIterator[asyncpg.Connection]:
-    opened = await connect(database, application_name="tests")
-    await writer.prepare_session(opened)
-    yield opened
-    await opened.close()
+async def connection(connection: asyncpg.Connection) -> asyncpg.Connection:
+    await writer.prepare_session(connection)
+    return connection
 
 
 async def test_record_arrives_whole(tmp_path: Path, database: PostgresSettings) -> None:

@@ -26,13 +26,6 @@ AROUND = "set session_replication_role = replica; alter table comp_ai.{} disable
 
 
 @pytest.fixture
-async def connection(database: PostgresSettings) -> AsyncIterator[asyncpg.Connection]:
-    opened = await connect(database, application_name="tests")
-    yield opened
-    await opened.close()
-
-
-@pytest.fixture
 async def superuser(
     postgres_server: PostgresServer, database: PostgresSettings
 ) -> AsyncIterator[asyncpg.Connection]:

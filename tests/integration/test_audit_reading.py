@@ -43,13 +43,6 @@ def act(number: int) -> AuditAct:
 
 
 @pytest.fixture
-async def connection(database: PostgresSettings) -> AsyncIterator[asyncpg.Connection]:
-    opened = await connect(database, application_name="tests")
-    yield opened
-    await opened.close()
-
-
-@pytest.fixture
 async def filled(connection: asyncpg.Connection) -> None:
     async with connection.transaction():
         await AuditLog().append_all(connection, [act(number) for number in range(ROWS)])

@@ -17,7 +17,6 @@ from openai.types import Batch, FileObject
 
 from serve_app.audit.act import Actor
 from serve_app.batches.runner import BatchRunner, Pulse
-from serve_app.database import connect
 from serve_app.fake_engine import FakeEngineConfig
 from serve_app.identity.api_keys import ApiKeyStore, KeyTerms
 from serve_app.identity.principal import Permission
@@ -61,13 +60,6 @@ async def served(database: PostgresSettings) -> AsyncIterator[World]:
 async def ai(served: World) -> AsyncIterator[openai.AsyncOpenAI]:
     async with client_of(served) as made:
         yield made
-
-
-@pytest.fixture
-async def connection(database: PostgresSettings) -> AsyncIterator[asyncpg.Connection]:
-    opened = await connect(database, application_name="tests")
-    yield opened
-    await opened.close()
 
 
 @asynccontextmanager

@@ -14,6 +14,7 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from serve_app.completions.kinds import ENDPOINTS, Kind
@@ -37,13 +38,7 @@ KINDS = [kind for kind in GOOD if ENDPOINTS[kind].addresses]
 
 async def _any_engine(scope: Scope, receive: Receive, send: Send) -> None:
     """Take whatever comes: what is tested is the way to the engine, not its own checks."""
-    body = b""
-    more = True
-    while more:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    stream = orjson.loads(body).get("stream") is True
+    stream = (await Request(scope, receive).json()).get("stream") is True
     answer = b"data: [DONE]\n\n" if stream else b'{"choices":[]}'
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": answer})

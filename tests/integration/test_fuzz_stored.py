@@ -12,6 +12,7 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from serve_app.completions.kinds import ENDPOINTS, Kind
@@ -28,12 +29,7 @@ _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 async def _any_engine(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer whatever was asked with one word."""
-    sent, more = b"", True
-    while more:
-        message = await receive()
-        sent += message.get("body", b"")
-        more = message.get("more_body", False)
-    asked = orjson.loads(sent)
+    asked = await Request(scope, receive).json()
     made = FakeResponse({"model": "small", "request_id": asked.get("request_id")}, 1, 1)
     if asked.get("stream"):
         parts = [frame async for frame in made.frames(_words())]

@@ -64,13 +64,6 @@ def ask(text: str = "one two three", **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-async def db(database: PostgresSettings) -> AsyncIterator[asyncpg.Connection]:
-    opened = await connect(database, application_name="tests")
-    yield opened
-    await opened.close()
-
-
-@pytest.fixture
 async def served(database: PostgresSettings) -> AsyncIterator[World]:
     """A gateway that is as fast as it can be."""
     async with world(database=database, models=MODELS) as made:
@@ -94,10 +87,10 @@ def generated(served: World) -> int:
     return sum(row.replica_id is not None for row in served.records)
 
 
-async def released(db: asyncpg.Connection) -> None:
+async def released(connection: asyncpg.Connection) -> None:
     """Return once no key is held."""
     async with asyncio.timeout(20):
-        while await db.fetch(ALL_ROWS):  # noqa: ASYNC110 - PostgreSQL's state
+        while await connection.fetch(ALL_ROWS):  # noqa: ASYNC110 - PostgreSQL's state
             await asyncio.sleep(0.005)
 
 
@@ -320,14 +313,14 @@ def _mend(served: World) -> None:
 async def test_failure_is_not_kept(
     served: World,
     http: httpx.AsyncClient,
-    db: asyncpg.Connection,
+    connection: asyncpg.Connection,
     break_it: Break,
     stream: bool,
 ) -> None:
     break_it(served)
     failed = await http.post(TEXT, json=ask(stream=stream), headers=NAMED)
     assert "[DONE]" not in failed.text
-    await released(db)
+    await released(connection)
     _mend(served)
     retried = await http.post(TEXT, json=ask(stream=stream), headers=NAMED)
     assert retried.status_code == 200
@@ -341,7 +334,7 @@ async def test_failure_is_not_kept(
 async def test_refusal_and_failure_of_the_engine_are_not_kept(
     served: World,
     http: httpx.AsyncClient,
-    db: asyncpg.Connection,
+    connection: asyncpg.Connection,
     fault: str,
     status: int,
     stream: bool,
@@ -351,20 +344,20 @@ async def test_refusal_and_failure_of_the_engine_are_not_kept(
         assert "idempotent-replayed" not in response.headers
         await served.quiet(records=count)
         assert served.records[-1].status == status
-        assert await db.fetch(ALL_ROWS) == []
+        assert await connection.fetch(ALL_ROWS) == []
     assert generated(served) == 2
 
 
 async def test_what_is_refused_before_takes_no_key(
-    served: World, http: httpx.AsyncClient, db: asyncpg.Connection
+    served: World, http: httpx.AsyncClient, connection: asyncpg.Connection
 ) -> None:
     for body in (ask(max_tokens=-1), ask(model="absent")):
         assert (await http.post(TEXT, json=body, headers=NAMED)).status_code in (400, 404)
-    assert await db.fetch(ALL_ROWS) == []
+    assert await connection.fetch(ALL_ROWS) == []
 
 
 async def test_rate_limit_leaves_the_key_free_and_a_replay_is_not_counted(
-    database: PostgresSettings, db: asyncpg.Connection
+    database: PostgresSettings, connection: asyncpg.Connection
 ) -> None:
     limits = {"default": {"requests_per_minute": 1}}
     async with world(database=database, limits=limits) as served, client(served) as http:
@@ -373,7 +366,7 @@ async def test_rate_limit_leaves_the_key_free_and_a_replay_is_not_counted(
             assert (await http.post(TEXT, json=ask(), headers=NAMED)).content == first.content
         limited = await http.post(TEXT, json=ask(), headers={"Idempotency-Key": "another"})
         assert limited.status_code == 429
-        assert [row["state"] for row in await db.fetch(ALL_ROWS)] == ["answered"]
+        assert [row["state"] for row in await connection.fetch(ALL_ROWS)] == ["answered"]
 
 
 # A client that goes away.
@@ -386,7 +379,11 @@ Hold = Callable[[World], None]
 @pytest.mark.parametrize("cancel", [False, True], ids=["disconnect", "cancel"])
 @pytest.mark.parametrize("step", ["reserving", "leasing", "first-token", "generating"])
 async def test_client_that_goes_away_frees_the_key(
-    database: PostgresSettings, db: asyncpg.Connection, step: str, cancel: bool, stream: bool
+    database: PostgresSettings,
+    connection: asyncpg.Connection,
+    step: str,
+    cancel: bool,
+    stream: bool,
 ) -> None:
     speed = {"first-token": SLOW_START, "generating": SLOW}.get(step, FAST)
     gates = {"reserving": "limits", "leasing": "pool"}
@@ -401,24 +398,24 @@ async def test_client_that_goes_away_frees_the_key(
             least = 5 if step == "generating" else 0
             await until(lambda: served.replica.counters.requests_running == 1)
             await until(lambda: served.replica.counters.completion_tokens >= least)
-        assert [row["state"] for row in await db.fetch(ALL_ROWS)] == ["claimed"]
+        assert [row["state"] for row in await connection.fetch(ALL_ROWS)] == ["claimed"]
         if cancel:
             served.app.cancel()
         asking.cancel()
         await asyncio.wait([asking])
         row = await served.the_record()
         assert row.outcome is Outcome.CANCELLED
-        assert await db.fetch(ALL_ROWS) == []
+        assert await connection.fetch(ALL_ROWS) == []
 
 
 @pytest.mark.parametrize("cancel", [False, True], ids=["disconnect", "cancel"])
 async def test_client_that_goes_away_while_it_claims(
-    database: PostgresSettings, served: World, db: asyncpg.Connection, cancel: bool
+    database: PostgresSettings, served: World, connection: asyncpg.Connection, cancel: bool
 ) -> None:
     # A transaction holds the place of the row, so that the claim waits in PostgreSQL.
-    block = db.transaction()
+    block = connection.transaction()
     await block.start()
-    await db.execute(
+    await connection.execute(
         "insert into comp_ai.idempotency_keys values ('user-1', $1, 'r', sha256(''), 'claimed', "
         "gen_random_uuid(), now(), null, null, null, now(), now())",
         NAMED["Idempotency-Key"],
@@ -432,7 +429,7 @@ async def test_client_that_goes_away_while_it_claims(
         await asyncio.wait([asking])
         assert (await served.the_record()).outcome is Outcome.CANCELLED
         await block.rollback()
-        assert await db.fetch(ALL_ROWS) == []
+        assert await connection.fetch(ALL_ROWS) == []
     assert not served.limits.reserved
 
 
@@ -462,22 +459,22 @@ async def test_last_byte_waits_until_the_answer_is_kept(
     database: PostgresSettings,
     served: World,
     http: httpx.AsyncClient,
-    db: asyncpg.Connection,
+    connection: asyncpg.Connection,
     stream: bool,
 ) -> None:
     served.log.gate.shut()
     asking = asyncio.create_task(http.post(TEXT, json=ask(stream=stream), headers=NAMED))
     await served.log.gate.reached()
-    lock = db.transaction()
+    lock = connection.transaction()
     await lock.start()
-    await db.execute(f"{ALL_ROWS} for update")
+    await connection.execute(f"{ALL_ROWS} for update")
     served.log.gate.open()
     await lock_awaited(database)
     assert served.records
     assert "last" not in served.events
     await lock.rollback()
     done = await asking
-    [row] = await db.fetch(ALL_ROWS)
+    [row] = await connection.fetch(ALL_ROWS)
     assert (row["state"], bytes(row["answer"])) == ("answered", done.content)
 
 
@@ -537,10 +534,10 @@ asyncio.run(main())
 
 
 async def test_answer_past_its_time_is_generated_again(
-    served: World, http: httpx.AsyncClient, db: asyncpg.Connection
+    served: World, http: httpx.AsyncClient, connection: asyncpg.Connection
 ) -> None:
     await http.post(TEXT, json=ask(), headers=NAMED)
-    await db.execute("update comp_ai.idempotency_keys set expires_at = now()")
+    await connection.execute("update comp_ai.idempotency_keys set expires_at = now()")
     again = await http.post(TEXT, json=ask(), headers=NAMED)
     assert again.status_code == 200
     assert "idempotent-replayed" not in again.headers
@@ -577,14 +574,14 @@ async def test_what_is_no_key_is_refused(
 
 
 async def test_key_is_refused_where_no_answers_may_be_kept(
-    database: PostgresSettings, db: asyncpg.Connection
+    database: PostgresSettings, connection: asyncpg.Connection
 ) -> None:
     async with world(database=database, bodies="none") as served, client(served) as http:
         response = await http.post(TEXT, json=ask(), headers=NAMED)
         assert (response.status_code, code_of(response)) == (400, "unsupported_parameter")
         assert "bodies: none" in response.json()["error"]["message"]
         assert (await http.post(TEXT, json=ask())).status_code == 200
-        assert await db.fetch(ALL_ROWS) == []
+        assert await connection.fetch(ALL_ROWS) == []
 
 
 async def test_other_addresses_ignore_the_key(served: World, http: httpx.AsyncClient) -> None:
@@ -629,10 +626,10 @@ async def test_answer_goes_out_though_postgres_died_meanwhile(
         await asyncio.to_thread(own_server.start)
         await asyncio.to_thread(own_server.admin, "select 1")
         # The claim is still there, and ends by itself.
-        db = await connect(settings, application_name="tests")
-        assert [row["state"] for row in await db.fetch(ALL_ROWS)] == ["claimed"]
-        await db.execute("update comp_ai.idempotency_keys set claim_expires_at = now()")
-        await db.close()
+        connection = await connect(settings, application_name="tests")
+        assert [row["state"] for row in await connection.fetch(ALL_ROWS)] == ["claimed"]
+        await connection.execute("update comp_ai.idempotency_keys set claim_expires_at = now()")
+        await connection.close()
         async with asyncio.timeout(30):
             while (again := await http.post(TEXT, json=body, headers=NAMED)).status_code == 503:
                 assert code_of(again) == "store_unavailable"

@@ -49,22 +49,15 @@ async def pool(gateways: list[LazyPool]) -> LazyPool:
     return gateways[0]
 
 
-@pytest.fixture
-async def db(database: PostgresSettings) -> AsyncIterator[asyncpg.Connection]:
-    opened = await connect(database, application_name="tests")
-    yield opened
-    await opened.close()
-
-
-async def count(db: asyncpg.Connection) -> int:
-    found: int = await db.fetchval("select count(*) from comp_ai.idempotency_keys")
+async def count(connection: asyncpg.Connection) -> int:
+    found: int = await connection.fetchval("select count(*) from comp_ai.idempotency_keys")
     return found
 
 
-async def until_true(db: asyncpg.Connection, query: str, *args: object) -> None:
+async def until_true(connection: asyncpg.Connection, query: str, *args: object) -> None:
     """Return once `query` gives true."""
     async with asyncio.timeout(20):
-        while not await db.fetchval(query, *args):  # noqa: ASYNC110 - PostgreSQL's state
+        while not await connection.fetchval(query, *args):  # noqa: ASYNC110 - PostgreSQL's state
             await asyncio.sleep(0.005)
 
 
@@ -101,23 +94,23 @@ async def test_each_principal_has_its_own_keys(pool: LazyPool) -> None:
     assert await Claim(pool, LONG, use(b"[]", principal="grace")).take() is None
 
 
-async def test_released_key_is_free(pool: LazyPool, db: asyncpg.Connection) -> None:
+async def test_released_key_is_free(pool: LazyPool, connection: asyncpg.Connection) -> None:
     claim = Claim(pool, LONG, use())
     await claim.take()
     await claim.release()
     await claim.release()
-    assert await count(db) == 0
+    assert await count(connection) == 0
     assert await Claim(pool, LONG, use(b"another")).take() is None
 
 
 async def test_claim_of_a_dead_gateway_ends_and_cannot_disturb(
-    gateways: list[LazyPool], db: asyncpg.Connection
+    gateways: list[LazyPool], connection: asyncpg.Connection
 ) -> None:
     dead = Claim(gateways[0], LONG, use())
     assert await dead.take() is None
     with pytest.raises(IdempotencyConflict):
         await Claim(gateways[1], LONG, use()).take()
-    await db.execute(OLDER)
+    await connection.execute(OLDER)
     heir = Claim(gateways[1], LONG, use())
     assert await heir.take() is None
     # It was not dead after all: neither its answer nor its release may touch the heir's claim.
@@ -129,54 +122,56 @@ async def test_claim_of_a_dead_gateway_ends_and_cannot_disturb(
     assert await Claim(gateways[0], LONG, use()).take() == ANSWER
 
 
-async def test_claim_is_renewed_while_it_is_held(pool: LazyPool, db: asyncpg.Connection) -> None:
+async def test_claim_is_renewed_while_it_is_held(
+    pool: LazyPool, connection: asyncpg.Connection
+) -> None:
     claim = Claim(pool, IdempotencyConfig(claim_s=0.05), use())
     await claim.take()
     for _ in range(3):
-        expiry = await db.fetchval("select claim_expires_at from comp_ai.idempotency_keys")
-        await until_true(db, f"{RENEWED} > $1", expiry)
+        expiry = await connection.fetchval("select claim_expires_at from comp_ai.idempotency_keys")
+        await until_true(connection, f"{RENEWED} > $1", expiry)
     await claim.keep(ANSWER)
     assert await Claim(pool, LONG, use()).take() == ANSWER
 
 
-async def test_renewal_survives_a_cut(pool: LazyPool, db: asyncpg.Connection) -> None:
+async def test_renewal_survives_a_cut(pool: LazyPool, connection: asyncpg.Connection) -> None:
     claim = Claim(pool, IdempotencyConfig(claim_s=0.05), use())
     await claim.take()
-    await db.execute(
+    await connection.execute(
         "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'tests-0'"
     )
     # The second renewal that is seen began after the cut.
     for _ in range(2):
-        expiry = await db.fetchval("select claim_expires_at from comp_ai.idempotency_keys")
-        await until_true(db, f"{RENEWED} > $1", expiry)
+        expiry = await connection.fetchval("select claim_expires_at from comp_ai.idempotency_keys")
+        await until_true(connection, f"{RENEWED} > $1", expiry)
     await claim.release()
-    assert await count(db) == 0
+    assert await count(connection) == 0
 
 
 async def test_answer_past_its_time_is_generated_again(
-    pool: LazyPool, db: asyncpg.Connection
+    pool: LazyPool, connection: asyncpg.Connection
 ) -> None:
     claim = Claim(pool, LONG, use())
     await claim.take()
     await claim.keep(ANSWER)
-    await db.execute(PAST)
+    await connection.execute(PAST)
     assert await Claim(pool, LONG, use(b"another body")).take() is None
 
 
-async def test_time_counts_from_the_answer(pool: LazyPool, db: asyncpg.Connection) -> None:
+async def test_time_counts_from_the_answer(pool: LazyPool, connection: asyncpg.Connection) -> None:
     config = IdempotencyConfig(claim_s=3600, keep_s=1000)
     claim = Claim(pool, config, use())
     await claim.take()
-    await db.execute(PAST)
+    await connection.execute(PAST)
     await claim.keep(ANSWER)
-    left_s = await db.fetchval(
+    left_s = await connection.fetchval(
         "select extract(epoch from expires_at - now())::float8 from comp_ai.idempotency_keys"
     )
     assert 900 < left_s <= 1000
 
 
 async def test_answer_at_the_cap_is_kept_and_a_longer_one_is_not(
-    pool: LazyPool, db: asyncpg.Connection
+    pool: LazyPool, connection: asyncpg.Connection
 ) -> None:
     config = IdempotencyConfig(max_stored_bytes=len(ANSWER.body), claim_s=3600)
     claim = Claim(pool, config, use())
@@ -191,11 +186,11 @@ async def test_answer_at_the_cap_is_kept_and_a_longer_one_is_not(
     with pytest.raises(AnswerNotKept):
         await Claim(pool, config, use(principal="grace")).take()
     kept = "select answer from comp_ai.idempotency_keys where principal_id = 'grace'"
-    assert await db.fetchval(kept) is None
+    assert await connection.fetchval(kept) is None
 
 
 async def test_take_that_is_cancelled_leaves_nothing_after_release(
-    database: PostgresSettings, db: asyncpg.Connection
+    database: PostgresSettings, connection: asyncpg.Connection
 ) -> None:
     pool = build_pool(database, application_name="tests-cancel", max_size=2)
     # Another transaction holds the row's place, so that the claim waits in PostgreSQL.
@@ -209,21 +204,23 @@ async def test_take_that_is_cancelled_leaves_nothing_after_release(
     )
     claim = Claim(pool, LONG, use())
     taking = asyncio.create_task(claim.take())
-    await until_true(db, "select count(*) > 0 from pg_stat_activity where wait_event_type = 'Lock'")
+    await until_true(
+        connection, "select count(*) > 0 from pg_stat_activity where wait_event_type = 'Lock'"
+    )
     taking.cancel()
     await asyncio.wait([taking])
     await block.rollback()
     await blocker.close()
     await claim.release()
-    assert await count(db) == 0
+    assert await count(connection) == 0
     assert await Claim(pool, LONG, use()).take() is None
     await pool.close()
 
 
-async def test_answer_is_kept_through_a_cut(pool: LazyPool, db: asyncpg.Connection) -> None:
+async def test_answer_is_kept_through_a_cut(pool: LazyPool, connection: asyncpg.Connection) -> None:
     claim = Claim(pool, LONG, use())
     await claim.take()
-    await db.execute(
+    await connection.execute(
         "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'tests-0'"
     )
     await claim.keep(ANSWER)
@@ -247,7 +244,7 @@ async def test_without_postgres_a_key_is_refused_and_the_end_is_quiet(
 
 
 async def test_sweeper_removes_what_is_past_its_time_and_nothing_else(
-    gateways: list[LazyPool], db: asyncpg.Connection
+    gateways: list[LazyPool], connection: asyncpg.Connection
 ) -> None:
     fill = """
         insert into comp_ai.idempotency_keys
@@ -255,29 +252,29 @@ async def test_sweeper_removes_what_is_past_its_time_and_nothing_else(
                200, 'text/plain', '', now(), now() + $2 * interval '1 second'
         from generate_series(1, 25) as n
     """
-    await db.execute(fill, "old", -1)
-    await db.execute(fill, "new", 1000)
+    await connection.execute(fill, "old", -1)
+    await connection.execute(fill, "new", 1000)
     sweepers = [Sweeper(pool, batch_rows=10) for pool in gateways]
     removed = await asyncio.gather(*(sweeper.sweep() for sweeper in sweepers))
     assert sum(removed) == 25
-    assert await db.fetch("select distinct principal_id from comp_ai.idempotency_keys") == [
+    assert await connection.fetch("select distinct principal_id from comp_ai.idempotency_keys") == [
         ("new",)
     ]
 
 
-async def test_sweeper_works_by_itself(pool: LazyPool, db: asyncpg.Connection) -> None:
+async def test_sweeper_works_by_itself(pool: LazyPool, connection: asyncpg.Connection) -> None:
     claim = Claim(pool, LONG, use())
     await claim.take()
     await claim.keep(ANSWER)
-    await db.execute(PAST)
+    await connection.execute(PAST)
     sweeper = Sweeper(pool, every_s=0.01)
     sweeper.start()
-    await until_true(db, "select count(*) = 0 from comp_ai.idempotency_keys")
+    await until_true(connection, "select count(*) = 0 from comp_ai.idempotency_keys")
     await sweeper.close()
 
 
-async def test_sweep_uses_the_index(db: asyncpg.Connection) -> None:
-    await db.execute("set enable_seqscan = off")
+async def test_sweep_uses_the_index(connection: asyncpg.Connection) -> None:
+    await connection.execute("set enable_seqscan = off")
     sweep = named_queries("serve_app.stored", "idempotency.sql")["sweep"].replace("$1", "500")
-    plan = "\n".join(row[0] for row in await db.fetch(f"explain {sweep}"))
+    plan = "\n".join(row[0] for row in await connection.fetch(f"explain {sweep}"))
     assert "idempotency_keys_by_expiry" in plan

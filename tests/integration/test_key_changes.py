@@ -84,13 +84,6 @@ async def nodes(
 
 
 @pytest.fixture
-async def connection(database: PostgresSettings) -> AsyncIterator[asyncpg.Connection]:
-    opened = await connect(database, application_name="tests")
-    yield opened
-    await opened.close()
-
-
-@pytest.fixture
 async def store(database: PostgresSettings) -> AsyncIterator[ApiKeyStore]:
     pool = build_pool(database)
     yield ApiKeyStore(pool)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,13 +24,6 @@ from serve_app.records import new_id
 from serve_app.settings import PostgresSettings
 
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
-
-
-@pytest.fixture
-async def connection(database: PostgresSettings) -> AsyncIterator[asyncpg.Connection]:
-    opened = await connect(database, application_name="tests")
-    yield opened
-    await opened.close()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import jsonschema_rs
-import orjson
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from serve_app.settings import PostgresSettings
@@ -36,12 +36,7 @@ class _Engine:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body, more = b"", True
-        while more:
-            message = await receive()
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-        asked = orjson.loads(body)
+        asked = await Request(scope, receive).json()
         stream = asked.get("stream") is True
         kind = b"text/event-stream; charset=utf-8" if stream else b"application/json"
         whole = b'{"id":"x","choices":[],"status":"completed","output":[]}'
