@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from serve_app.errors import AuthenticationFailed, IdentityUnavailable
-from serve_app.identity.api_keys import ApiKey, ApiKeyStore, hash_key, prefix_of
+from serve_app.identity.api_keys import ApiKey, ApiKeyStore, prefix_of
+from serve_app.identity.digest import digest_of
 from serve_app.identity.key_changes import KeyChanges, NoKeyChanges, Watch
 from serve_app.identity.principal import Permission, Principal
 from serve_app.records import PrincipalKind, utc_now
@@ -84,7 +85,7 @@ class ApiKeyVerifier:
     ) -> None:
         self._store = store
         self._changes = changes or NoKeyChanges()
-        self._bootstrap_hash = hash_key(bootstrap_key) if bootstrap_key else None
+        self._bootstrap_hash = digest_of(bootstrap_key) if bootstrap_key else None
         self._fresh_s = fresh_s
         self._recheck_s = recheck_s
         self._stale_s = stale_s
@@ -121,7 +122,7 @@ class ApiKeyVerifier:
     def is_bootstrap(self, plain: str) -> bool:
         """Tell in constant time whether `plain` is the bootstrap key."""
         expected = self._bootstrap_hash
-        return expected is not None and hmac.compare_digest(hash_key(plain), expected)
+        return expected is not None and hmac.compare_digest(digest_of(plain), expected)
 
     async def verify(self, plain: str) -> Principal:
         """Return the principal that the key names.
@@ -137,7 +138,7 @@ class ApiKeyVerifier:
             raise AuthenticationFailed(_REFUSED)
         key = await self._find(prefix)
         # Compared also where there is no key, so that the answer takes the same time.
-        same = hmac.compare_digest(hash_key(plain), key.secret_hash if key else _NO_KEY_HASH)
+        same = hmac.compare_digest(digest_of(plain), key.secret_hash if key else _NO_KEY_HASH)
         now = self._now()
         if key is None or not same or not key.is_valid(now):
             raise AuthenticationFailed(_REFUSED)

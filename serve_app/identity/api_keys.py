@@ -9,7 +9,6 @@ key in `replaced_by` and is valid until it expires.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import secrets
@@ -27,6 +26,7 @@ from serve_app.audit.act import Actor, AuditAct
 from serve_app.audit.log import AuditLog
 from serve_app.config import LimitPolicy
 from serve_app.errors import InvalidRequest, NotFound
+from serve_app.identity.digest import digest_of
 from serve_app.identity.principal import Permission
 from serve_app.records import new_id, utc_now
 from serve_app.sql import named_queries
@@ -62,12 +62,7 @@ def generate_key() -> tuple[str, str, bytes]:
     """Return a new key in plain, its prefix and the SHA-256 (32 bytes) of the whole key."""
     prefix = _random_base62(_PREFIX_CHARS)
     plain = f"{KEY_START}{prefix}-{_random_base62(_SECRET_CHARS)}"
-    return plain, prefix, hash_key(plain)
-
-
-def hash_key(plain: str) -> bytes:
-    """Return the SHA-256 (32 bytes) of a whole key."""
-    return hashlib.sha256(plain.encode("utf-8", "surrogateescape")).digest()
+    return plain, prefix, digest_of(plain)
 
 
 def prefix_of(plain: str) -> str | None:

@@ -21,9 +21,10 @@ import httpx
 
 from serve_app.errors import AuthenticationFailed, IdentityUnavailable
 from serve_app.identity.claims import ClaimRules, TrustedIssuer, to_principal
+from serve_app.identity.digest import digest_of
 from serve_app.identity.discovery import FETCH_ERRORS, Discovery, describe_failure, read_json
 from serve_app.identity.principal import Principal
-from serve_app.identity.token_cache import TokenCache, digest_of
+from serve_app.identity.token_cache import TokenCache
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,12 @@ import orjson
 
 from serve_app.errors import AuthenticationFailed
 from serve_app.identity.claims import ClaimRules, TrustedIssuer, to_principal
+from serve_app.identity.digest import digest_of
 from serve_app.identity.discovery import Discovery
 from serve_app.identity.introspection import IntrospectionPolicy, Introspector
 from serve_app.identity.jwks import ALLOWED_ALGORITHMS, IssuerKeys, KeyPolicy, VerificationKey
 from serve_app.identity.principal import Principal
-from serve_app.identity.token_cache import TokenCache, digest_of
+from serve_app.identity.token_cache import TokenCache
 
 MAX_TOKEN_CHARS = 16 * 1024
 

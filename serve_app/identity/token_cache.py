@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 Found = TypeVar("Found")
-
-
-def digest_of(token: str) -> bytes:
-    """Return the SHA-256 of `token`."""
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
 class TokenCache(Generic[Found]):

@@ -20,9 +20,9 @@ from serve_app.identity.api_keys import (
     ApiKeyStore,
     KeyTerms,
     generate_key,
-    hash_key,
     prefix_of,
 )
+from serve_app.identity.digest import digest_of
 from serve_app.identity.key_changes import OnChange, Watch
 from serve_app.identity.principal import Permission
 from serve_app.lazy_pool import LazyPool
@@ -124,14 +124,14 @@ def test_form_of_a_key() -> None:
     assert plain.startswith(f"cai-{prefix}-")
     assert len(plain) == 4 + 12 + 1 + 43
     assert prefix_of(plain) == prefix
-    assert digest == hash_key(plain)
+    assert digest == digest_of(plain)
     assert len(digest) == 32
     assert generate_key()[0] != plain
 
 
 def test_hash_is_not_shown(table: TableOfKeys) -> None:
     plain = table.add()
-    assert str(hash_key(plain)) not in repr(table.keys)
+    assert str(digest_of(plain)) not in repr(table.keys)
 
 
 async def test_key_names_its_owner(table: TableOfKeys, verifier: ApiKeyVerifier) -> None:
