@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from deployments.upkeep import build_upkeep
 from serve_app.accounts import request_log
 from serve_app.accounts.request_log import LogConfig, LogStatus
 from serve_app.accounts.spool import Spool
@@ -122,6 +123,9 @@ class RequestLog:
             ),
         )
         await self._log.start()
+        # Of several replicas one does it at a time.
+        self._upkeep = build_upkeep(settings)
+        self._upkeep.start()
 
     async def append(self, record: RequestRecord) -> None:
         """Return once `record` is on disk; safe to repeat.
@@ -136,10 +140,12 @@ class RequestLog:
         return await self._log.status()
 
     async def check_health(self) -> None:
-        """Raise LogBroken where the spool or its drain died: Serve then replaces us."""
+        """Raise LogBroken or UpkeepBroken where a part of ours died: Serve then replaces us."""
         self._log.check()
+        self._upkeep.check()
 
     async def __del__(self) -> None:
         """Called by Serve when the replica stops: move what can be moved, keep the rest."""
+        await self._upkeep.close()
         await self._log.drain(self._options.drain_timeout_s)
         await self._log.close()

@@ -25,6 +25,26 @@ class LogMetrics(Protocol):
         ...
 
 
+class UpkeepMetrics(Protocol):
+    """Where the upkeep's measurements go. `task` is one of a few names that the code gives."""
+
+    def upkeep_succeeded(self, task: str, seconds: float) -> None:
+        """`task` was done just now and took so long."""
+        ...
+
+    def upkeep_failed(self, task: str) -> None:
+        """`task` failed."""
+        ...
+
+    def upkeep_goes_on(self) -> None:
+        """Told every few seconds by the process that does the upkeep: what it said holds."""
+        ...
+
+    def upkeep_left(self) -> None:
+        """This process does the upkeep no more: what it said is another's to say."""
+        ...
+
+
 class NoMetrics:
     """Metrics that go nowhere, for tools and tests."""
 
@@ -38,4 +58,19 @@ class NoMetrics:
         """Ignore it."""
 
     def rows_written(self, rows: int) -> None:
+        """Ignore it."""
+
+    def upkeep_succeeded(self, task: str, seconds: float) -> None:
+        """Ignore it."""
+
+    def upkeep_failed(self, task: str) -> None:
+        """Ignore it."""
+
+    def upkeep_goes_on(self) -> None:
+        """Ignore it."""
+
+    def upkeep_left(self) -> None:
+        """Ignore it."""
+
+    def partitions_ahead(self, months: int) -> None:
         """Ignore it."""

@@ -25,7 +25,3 @@ from inserted;
 insert into comp_ai.request_bodies ({columns})
 select {columns} from staged_bodies
 on conflict do nothing;
-
--- name: ensure_partitions
--- This month and the next two, in UTC.
-select comp_ai.ensure_request_partitions((now() at time zone 'UTC')::date, 3);

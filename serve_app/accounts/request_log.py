@@ -20,7 +20,6 @@ import asyncpg
 
 from serve_app.accounts import writer
 from serve_app.accounts.metrics import LogMetrics
-from serve_app.accounts.queries import queries
 from serve_app.accounts.spool import Spool, SpooledRow
 from serve_app.database import CONNECT_ERRORS, DatabaseUnavailable, connect
 from serve_app.errors import CompAIError, LogUnavailable
@@ -46,7 +45,6 @@ class LogConfig:
     write_timeout_s: float = 30.0
     backoff_first_s: float = 0.2
     backoff_most_s: float = 10.0
-    partitions_every_s: float = 24 * 3600.0
     gauges_every_s: float = 1.0
 
 
@@ -89,7 +87,6 @@ class RequestLog:
         self._written = 0
         self._poisoned = 0
         self._last_error: str | None = None
-        self._partitions_due = 0.0
         self._gauges_due = 0.0
         self._gauged: int | None = None
         self._gauge_again = 0.0
@@ -195,7 +192,6 @@ class RequestLog:
             connection.add_termination_listener(lambda _: self._work.set())
             with self._limit(connection):
                 await writer.prepare_session(connection)
-            self._partitions_due = 0.0
             yield connection
         finally:
             self._connection = None
@@ -219,13 +215,12 @@ class RequestLog:
     async def _drain_session(self, connection: asyncpg.Connection) -> None:
         while True:
             self._work.clear()
-            await self._ensure_partitions(connection)
             while rows := await self._next_batch():
                 await self._move(connection, rows)
                 await self._report()
             self._settled()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._idle_s()):
+                async with asyncio.timeout(self._config.gauges_every_s):
                     await self._work.wait()
             if connection.is_closed():
                 raise ConnectionResetError
@@ -256,21 +251,6 @@ class RequestLog:
                 row_id,
                 extra={"action": "request_log.poison", "record": str(row_id), "reason": reason},
             )
-
-    async def _ensure_partitions(self, connection: asyncpg.Connection) -> None:
-        if time.monotonic() < self._partitions_due:
-            return
-        try:
-            with self._limit(connection):
-                await connection.execute(queries()["ensure_partitions"])
-        except asyncpg.PostgresError as error:
-            # The default partition takes the rows meanwhile.
-            self._note(error)
-        self._partitions_due = time.monotonic() + self._config.partitions_every_s
-
-    def _idle_s(self) -> float:
-        until_partitions_s = self._partitions_due - time.monotonic()
-        return max(0.0, min(until_partitions_s, self._config.gauges_every_s))
 
     def _settled(self) -> None:
         self._failures = 0

@@ -1,0 +1,90 @@
+"""The upkeep of the accounts, joined to Ray's metrics. The RequestLog deployment runs it."""
+
+from __future__ import annotations
+
+import time
+
+from ray.util.metrics import Counter, Gauge
+
+from serve_app.accounts.partitions import partitions_task
+from serve_app.accounts.upkeep import Upkeep
+from serve_app.settings import Settings
+
+
+def build_upkeep(settings: Settings) -> Upkeep:
+    """Return the upkeep with its tasks, not started."""
+    metrics = RayUpkeepMetrics()
+    tasks = [
+        partitions_task(metrics),
+    ]
+    return Upkeep(settings.postgres, tasks, metrics)
+
+
+class KeptGauge:
+    """A gauge that is set seldom. Ray drops one that is not set again, so it is told again."""
+
+    def __init__(self, name: str, description: str, labels: tuple[str, ...] = ()) -> None:
+        self._gauge = Gauge(name, description, labels)
+        self._labels = labels
+        self._values: dict[tuple[str, ...], float] = {}
+
+    def set(self, value: float, *labels: str) -> None:
+        """Set it, for `labels` in their order."""
+        self._values[labels] = value
+        self._tell(labels, value)
+
+    def tell_again(self) -> None:
+        """Set every value again."""
+        for labels, value in self._values.items():
+            self._tell(labels, value)
+
+    def forget(self) -> None:
+        """Tell nothing any more: another process does."""
+        self._values.clear()
+
+    def _tell(self, labels: tuple[str, ...], value: float) -> None:
+        self._gauge.set(value, dict(zip(self._labels, labels, strict=True)))
+
+
+class RayUpkeepMetrics:
+    """The upkeep's measurements; they come out as `ray_comp_ai_upkeep_…`."""
+
+    def __init__(self) -> None:
+        self._last_success = KeptGauge(
+            "comp_ai_upkeep_last_success_s",
+            "When a task of the upkeep was last done, in s since 1970.",
+            ("task",),
+        )
+        self._took = KeptGauge("comp_ai_upkeep_took_s", "How long it took then, s.", ("task",))
+        self._failures = Counter(
+            "comp_ai_upkeep_failures", "Tasks of the upkeep that failed.", ("task",)
+        )
+        self._ahead = KeptGauge(
+            "comp_ai_partitions_ahead", "Months after this one that have their partitions."
+        )
+
+    def upkeep_succeeded(self, task: str, seconds: float) -> None:
+        """See `UpkeepMetrics.upkeep_succeeded`."""
+        self._last_success.set(time.time(), task)
+        self._took.set(seconds, task)
+
+    def upkeep_failed(self, task: str) -> None:
+        """See `UpkeepMetrics.upkeep_failed`."""
+        self._failures.inc(1, {"task": task})
+
+    def partitions_ahead(self, months: int) -> None:
+        """See `PartitionMetrics.partitions_ahead`."""
+        self._ahead.set(months)
+
+    def upkeep_goes_on(self) -> None:
+        """See `UpkeepMetrics.upkeep_goes_on`."""
+        for gauge in self._gauges():
+            gauge.tell_again()
+
+    def upkeep_left(self) -> None:
+        """See `UpkeepMetrics.upkeep_left`."""
+        for gauge in self._gauges():
+            gauge.forget()
+
+    def _gauges(self) -> list[KeptGauge]:
+        return [value for value in vars(self).values() if isinstance(value, KeptGauge)]
