@@ -35,7 +35,7 @@ OPERATIONS = (PROJECT / "docs" / "operations.md").read_text(encoding="utf-8")
 ENVIRONMENT = re.compile(r"\b(?:COMP_AI|POSTGRES|KEYCLOAK)_[A-Z][A-Z_]*[A-Z]\b")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-_METRIC = re.compile(r'\b(Counter|Gauge|Histogram)\(\s*"(comp_ai_\w+)"')
+_METRIC = re.compile(r'\b(Counter|(?:Kept)?Gauge|Histogram)\(\s*"(comp_ai_\w+)"')
 
 
 def page_id(path: Path) -> str:
@@ -223,8 +223,8 @@ def test_every_address_is_documented() -> None:
 def exported_metrics() -> set[str]:
     """Return the names under which Prometheus sees our metrics."""
     found = set()
-    for file in ("deployments/metrics.py", "deployments/request_log.py"):
-        for kind, name in _METRIC.findall((PROJECT / file).read_text(encoding="utf-8")):
+    for file in (PROJECT / "deployments").glob("*.py"):
+        for kind, name in _METRIC.findall(file.read_text(encoding="utf-8")):
             found.add(f"ray_{name}_total" if kind == "Counter" else f"ray_{name}")
     return found
 
