@@ -54,6 +54,11 @@ class Migration:
     sql: str
 
     @property
+    def label(self) -> str:
+        """Number and name, as the file has them."""
+        return f"{self.version:04}_{self.name}"
+
+    @property
     def sha256(self) -> str:
         """Checksum of the text, in hexadecimal."""
         return hashlib.sha256(self.sql.encode()).hexdigest()
@@ -264,7 +269,7 @@ def _pending(migrations: list[Migration], applied: dict[int, Applied]) -> list[M
 
 
 def _check(migration: Migration, applied: dict[int, Applied]) -> None:
-    label = f"{migration.version:04}_{migration.name}"
+    label = migration.label
     row = applied.get(migration.version)
     if row is not None and row.sha256 != migration.sha256:
         raise MigrationError(
@@ -279,7 +284,7 @@ def _check(migration: Migration, applied: dict[int, Applied]) -> None:
 
 
 async def _apply(connection: asyncpg.Connection, migration: Migration, actor: Actor | None) -> None:
-    label = f"{migration.version:04}_{migration.name}"
+    label = migration.label
     try:
         async with connection.transaction():
             await connection.execute(

@@ -1,7 +1,7 @@
 """The commands, and the one place where a failure becomes a line and an exit code.
 
-Exit codes: 0 done, 1 failed or not ready, 2 wrong configuration or usage. What a command
-needs is imported when it runs, so that `--help` is quick.
+Exit codes: 0 done, 1 failed or not ready, 2 wrong configuration or usage, 3 `migrate --plan`
+found something to do. What a command needs is imported when it runs, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -97,26 +97,20 @@ def status(as_json: JsonOption = False) -> None:
     raise typer.Exit(0 if found["ready"] else 1)
 
 
-@app.command()
-def migrate(
-    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be applied.")] = False,
+@app.command("migrate")
+def migrate_schema(
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what would be applied, and what it locks.")
+    ] = False,
 ) -> None:
-    """Bring the database schema up to date."""
-    from serve_app import database
-    from serve_app.audit.act import Actor
+    """Bring the database schema up to date; exit code 3 if `--plan` finds something to do."""
+    from serve_app.cli import migrate
     from serve_app.stack.accounts import MIGRATIONS
 
     postgres = _postgres()
     if plan:
-        migrations = _run(database.plan(postgres, directory=MIGRATIONS))
-    else:
-        actor = Actor.operator()
-        migrations = _run(database.migrate(postgres, directory=MIGRATIONS, actor=actor))
-    word = "to apply" if plan else "applied"
-    for migration in migrations:
-        typer.echo(f"{word}: {migration.version:04}_{migration.name}")
-    if not migrations:
-        typer.echo("the schema is up to date")
+        raise typer.Exit(_run(migrate.show_plan(postgres, MIGRATIONS)))
+    _run(migrate.apply(postgres, MIGRATIONS))
 
 
 @app.command()

@@ -12,8 +12,8 @@ from serve_app.settings import PostgresSettings
 COMP_AI = Path(sys.executable).parent / "comp-ai"
 
 
-def comp_ai(settings: PostgresSettings, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `comp-ai` at the database of `settings`, as an operator does."""
+def comp_ai_environment(settings: PostgresSettings, **more: str) -> dict[str, str]:
+    """Return the environment of a `comp-ai` at the database of `settings`."""
     password = settings.password.get_secret_value() if settings.password else ""
     environ = {
         "POSTGRES_HOST": settings.host,
@@ -23,9 +23,16 @@ def comp_ai(settings: PostgresSettings, *arguments: str) -> subprocess.Completed
         "POSTGRES_DB": settings.database,
         "POSTGRES_SSLMODE": settings.sslmode,
     }
+    return os.environ | environ | more
+
+
+def comp_ai(
+    settings: PostgresSettings, *arguments: str, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `comp-ai` at the database of `settings`, as an operator does."""
     return subprocess.run(
         [str(COMP_AI), *arguments],
-        env=os.environ | environ,
+        env=comp_ai_environment(settings, **more),
         capture_output=True,
         text=True,
         timeout=120,
