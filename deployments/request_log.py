@@ -1,12 +1,13 @@
-"""The request log as a Ray Serve deployment: one replica that owns the spool.
+"""The request log as a Ray Serve deployment: each replica owns a spool.
 
-One replica, because one process holds a spool. Appends wait in groups for one fsync, so
-very many may be under way at once.
+A replica takes a spool of its node that nobody holds, and empties those that were left there.
+Appends wait in groups for one fsync, so very many may be under way at once.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from deployments.upkeep import build_upkeep
 from serve_app.accounts import request_log
 from serve_app.accounts.request_log import LogConfig, LogStatus
 from serve_app.accounts.spool import Spool
+from serve_app.accounts.spool_folders import SpoolFolders
 from serve_app.config import parse_config
 from serve_app.log_setup import log_as_json
 from serve_app.records import RequestRecord
@@ -32,15 +34,13 @@ class RequestLogOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     spool_folder: Path | None = Field(
-        default=None, description="Folder of the spool; `<COMP_AI_HOME>/spool` where not set."
+        default=None, description="Folder of the spools; `<COMP_AI_HOME>/spool` where not set."
     )
     spool_max_bytes: int | None = Field(
         default=None,
         ge=1024 * 1024,
-        description="Largest spool; further requests are then refused. No limit where not set.",
-    )
-    lock_timeout_s: float = Field(
-        default=30.0, ge=0, description="Longest wait for the previous replica to let go."
+        description="Largest spool of one replica; further requests are then refused. "
+        "No limit where not set.",
     )
     drain_timeout_s: float = Field(
         default=10.0, ge=0, description="Longest wait for PostgreSQL when the replica stops."
@@ -100,27 +100,25 @@ class RequestLog:
     """Takes records from the gateways and sees them into PostgreSQL."""
 
     async def __init__(self, options: dict[str, Any] | None = None) -> None:  # type: ignore[misc]
-        """Open the spool; PostgreSQL need not be there.
+        """Take a spool; PostgreSQL need not be there.
 
         Raises:
-            ConfigError: an option or a setting is wrong, or the spool cannot be opened.
+            ConfigError: an option or a setting is wrong, or no spool can be opened.
         """
         log_as_json(sys.stdout)
         self._options = parse_config(RequestLogOptions, options or {}, "request_log")
         settings = load_settings()
-        folder = self._options.spool_folder or settings.service.home_path / "spool"
-        spool = Spool(
-            folder,
-            lock_timeout_s=self._options.lock_timeout_s,
-            max_bytes=self._options.spool_max_bytes,
-        )
+        root = self._options.spool_folder or settings.service.home_path / "spool"
+        make = partial(Spool, lock_timeout_s=0, max_bytes=self._options.spool_max_bytes)
+        folders = SpoolFolders(root, make)
         self._log = request_log.RequestLog(
-            spool=spool,
+            spool=await folders.take(),
             postgres=settings.postgres,
             metrics=RayLogMetrics(),
             config=LogConfig(
                 batch_rows=self._options.batch_rows, write_timeout_s=self._options.write_timeout_s
             ),
+            folders=folders,
         )
         await self._log.start()
         # Of several replicas one does it at a time.

@@ -30,6 +30,14 @@ _T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
 
 
+class FileHeld(ConfigError):
+    """Another process holds the file."""
+
+
+class FileDamaged(ConfigError):
+    """The file is no database, or one that SQLite cannot read."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Job(Generic[_T]):
     work: Callable[[sqlite3.Connection], _T]
@@ -74,6 +82,11 @@ class GroupCommit:
         self._closed = True
 
     @property
+    def folder(self) -> Path:
+        """Where the file lies."""
+        return self._folder
+
+    @property
     def path(self) -> Path:
         """The database file."""
         return self._folder / f"{self._name}.sqlite3"
@@ -87,8 +100,9 @@ class GroupCommit:
         """Take the lock, waiting up to `lock_timeout_s` for its holder, and open the file.
 
         Raises:
-            ConfigError: the folder cannot be written, another process keeps the lock,
-                or the file is none of this kind that can be read.
+            FileHeld: another process keeps the lock.
+            FileDamaged: the file is none of this kind that can be read.
+            ConfigError: the folder cannot be written.
         """
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -97,7 +111,11 @@ class GroupCommit:
         except (OSError, sqlite3.Error) as error:
             self._release_lock()
             allowed = f"a folder with a {self._name} that can be written ({type(error).__name__})"
-            raise ConfigError(f"the {self._name} folder", str(self._folder), allowed) from error
+            kind = FileDamaged if _is_damage(error) else ConfigError
+            raise kind(f"the {self._name} folder", str(self._folder), allowed) from error
+        except asyncio.CancelledError:
+            self._release_lock()
+            raise
         self._closed = False
         self._thread = threading.Thread(
             target=self._serve, args=(connection,), name=f"comp-ai-{self._name}", daemon=True
@@ -133,7 +151,7 @@ class GroupCommit:
         try:
             while not _try_lock(descriptor):
                 if time.monotonic() >= deadline:
-                    raise ConfigError(
+                    raise FileHeld(
                         f"the {self._name} folder",
                         str(self._folder),
                         f"one that no other process holds (waited {self._lock_timeout_s:g} s)",
@@ -265,6 +283,11 @@ class GroupCommit:
             connection.close()
             raise
         return connection
+
+
+def _is_damage(error: Exception) -> bool:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def _try_lock(descriptor: int) -> bool:

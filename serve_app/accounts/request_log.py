@@ -1,7 +1,8 @@
 """The request log: takes records at once, and sees them into PostgreSQL.
 
 `append` answers when the record is in the spool. One task, the drain, moves rows from the
-spool to PostgreSQL for as long as the log lives, and survives PostgreSQL's absences.
+spool to PostgreSQL for as long as the log lives, and survives PostgreSQL's absences. It empties
+the spools of others too, once nobody holds them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from dataclasses import dataclass
 import asyncpg
 
 from serve_app.accounts import writer
+from serve_app.accounts.adoption import Adoption
 from serve_app.accounts.metrics import LogMetrics
 from serve_app.accounts.spool import Spool, SpooledRow
+from serve_app.accounts.spool_folders import SpoolFolders
 from serve_app.database import CONNECT_ERRORS, DatabaseUnavailable, connect
 from serve_app.errors import CompAIError, LogUnavailable
 from serve_app.records import RequestRecord
@@ -46,11 +49,15 @@ class LogConfig:
     backoff_first_s: float = 0.2
     backoff_most_s: float = 10.0
     gauges_every_s: float = 1.0
+    adopt_every_s: float = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogStatus:
-    """How the log is. `last_error` is a class name; counts are since the start."""
+    """How the log is. `last_error` is a class name; counts are since the start.
+
+    `depth` and `lag_s` are of its own spool and of those that it has adopted.
+    """
 
     depth: int
     lag_s: float
@@ -62,7 +69,15 @@ class LogStatus:
 
 
 class RequestLog:
-    """Owns a spool and the task that drains it. A `RecordSink` of `serve_app.contracts`."""
+    """Owns a spool and the task that drains it. A `RecordSink` of `serve_app.contracts`.
+
+    Args:
+        spool: its own; opened by `start` where it is not open.
+        postgres: where the records go.
+        metrics: where the measurements go.
+        config: how it drains.
+        folders: where to look for spools that nobody holds; it adopts none where None.
+    """
 
     def __init__(
         self,
@@ -71,11 +86,13 @@ class RequestLog:
         postgres: PostgresSettings,
         metrics: LogMetrics,
         config: LogConfig | None = None,
+        folders: SpoolFolders | None = None,
     ) -> None:
         self._spool = spool
         self._postgres = postgres
         self._metrics = metrics
         self._config = config or LogConfig()
+        self._adopted = Adoption(folders, self._config.adopt_every_s)
         self._task: asyncio.Task[None] | None = None
         self._connection: asyncpg.Connection | None = None
         self._work = asyncio.Event()  # something may have to be done
@@ -97,7 +114,8 @@ class RequestLog:
         Raises:
             ConfigError: the spool cannot be opened, or another process holds it.
         """
-        await self._spool.open()
+        if not self._spool.alive:
+            await self._spool.open()
         self._work.set()
         self._task = asyncio.create_task(self._drain_for_ever(), name="request-log-drain")
 
@@ -135,10 +153,10 @@ class RequestLog:
         Raises:
             LogUnavailable: the spool cannot be read.
         """
-        state = await self._spool.state()
+        depth, lag_s = await self._waiting()
         return LogStatus(
-            depth=state.depth,
-            lag_s=state.oldest_age_s,
+            depth=depth,
+            lag_s=lag_s,
             postgres_ok=self._postgres_ok,
             last_write_ms=self._last_write_ms,
             written_total=self._written,
@@ -149,7 +167,7 @@ class RequestLog:
     async def drain(self, timeout_s: float) -> bool:
         """Wait until every record appended before is in PostgreSQL; False after `timeout_s`.
 
-        What is left then stays in the spool for the next start.
+        What is left then stays in the spool, for the next start or for who adopts it.
         """
         self._hurry.set()
         self._work.set()
@@ -170,6 +188,7 @@ class RequestLog:
             self._task.cancel()
             # A drain that died of an error has said so in `check`.
             await asyncio.gather(self._task, return_exceptions=True)
+        await self._adopted.close()
         await self._spool.close()
 
     # The drain.
@@ -215,22 +234,43 @@ class RequestLog:
     async def _drain_session(self, connection: asyncpg.Connection) -> None:
         while True:
             self._work.clear()
-            while rows := await self._next_batch():
-                await self._move(connection, rows)
+            while rows := await self._next_batch(self._spool):
+                await self._move(connection, self._spool, rows)
+                await self._move_adopted(connection)
                 await self._report()
             self._settled()
+            if await self._move_adopted(connection):
+                await self._report()
+                continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._config.gauges_every_s):
                     await self._work.wait()
             if connection.is_closed():
                 raise ConnectionResetError
 
-    async def _next_batch(self) -> list[SpooledRow]:
+    async def _move_adopted(self, connection: asyncpg.Connection) -> bool:
+        """Move a batch of each adopted spool; tell whether there may be more."""
+        if self._hurry.is_set():  # what is left is for others to adopt
+            return False
+        await self._adopted.look()
+        for spool in self._adopted:
+            try:
+                if rows := await self._next_batch(spool):
+                    await self._move(connection, spool, rows)
+                else:
+                    await self._adopted.let_go(spool)
+            except LogUnavailable:  # its file, not ours: we go on
+                await self._adopted.let_go(spool, failed=True)
+        return bool(self._adopted)
+
+    async def _next_batch(self, spool: Spool) -> list[SpooledRow]:
         # Smaller after each failure: a batch may be what PostgreSQL has no time or memory for.
         rows = max(1, self._config.batch_rows >> min(self._failures, 16))
-        return await self._spool.batch(rows, max_bytes=self._config.batch_bytes)
+        return await spool.batch(rows, max_bytes=self._config.batch_bytes)
 
-    async def _move(self, connection: asyncpg.Connection, rows: list[SpooledRow]) -> None:
+    async def _move(
+        self, connection: asyncpg.Connection, spool: Spool, rows: list[SpooledRow]
+    ) -> None:
         records, poison = _decode(rows)
         started = time.monotonic()
         with self._limit(connection):
@@ -238,12 +278,12 @@ class RequestLog:
         self._note_write(time.monotonic() - started, report.written)
         poison += report.poison
         if poison:
-            await self._set_aside(poison)
+            await self._set_aside(spool, poison)
         bad = {row_id for row_id, _ in poison}
-        await self._spool.discard(row.id for row in rows if row.id not in bad)
+        await spool.discard(row.id for row in rows if row.id not in bad)
 
-    async def _set_aside(self, poison: list[tuple[uuid.UUID, str]]) -> None:
-        await self._spool.set_aside(poison)
+    async def _set_aside(self, spool: Spool, poison: list[tuple[uuid.UUID, str]]) -> None:
+        await spool.set_aside(poison)
         self._poisoned += len(poison)
         for row_id, reason in poison:
             _logger.error(
@@ -257,7 +297,8 @@ class RequestLog:
         self._postgres_ok = True
         if not self._work.is_set():  # else something came while we looked
             self._empty.set()
-            self._gauge(0, 0.0)
+            if not self._adopted:
+                self._gauge(0, 0.0)
 
     def _note_write(self, seconds: float, written: int) -> None:
         self._failures = 0
@@ -297,10 +338,18 @@ class RequestLog:
             return
         self._gauges_due = now + self._config.gauges_every_s
         try:
-            state = await self._spool.state()
+            depth, lag_s = await self._waiting()
         except LogUnavailable:
             return  # `check` tells whether the spool is dead
-        self._gauge(state.depth, state.oldest_age_s)
+        self._gauge(depth, lag_s)
+
+    async def _waiting(self) -> tuple[int, float]:
+        """Return how many rows wait, and for how long the oldest of them has."""
+        states = [await self._spool.state()]
+        for spool in self._adopted:
+            with contextlib.suppress(LogUnavailable):  # let go just now
+                states.append(await spool.state())
+        return sum(state.depth for state in states), max(state.oldest_age_s for state in states)
 
     def _gauge(self, depth: int, lag_s: float) -> None:
         # An empty spool is told again too: Ray drops a gauge that is not set any more.

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.errors import LogUnavailable
 from serve_app.group_commit import GroupCommit
@@ -84,6 +84,8 @@ class SpoolState:
 
 class Spool(GroupCommit):
     """A queue of records on disk. Use it from one event loop, between `open` and `close`."""
+
+    FILE: ClassVar[str] = "spool.sqlite3"
 
     def __init__(
         self,
