@@ -18,6 +18,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from deployments.upkeep import build_upkeep
 from serve_app.accounts import request_log
 from serve_app.accounts.request_log import LogConfig, LogStatus
+from serve_app.accounts.retention.policy import RetentionPolicy
 from serve_app.accounts.spool import Spool
 from serve_app.accounts.spool_folders import SpoolFolders
 from serve_app.config import parse_config
@@ -47,6 +48,10 @@ class RequestLogOptions(BaseModel):
     )
     batch_rows: int = Field(default=500, ge=1, le=10_000, description="Most rows in one write.")
     write_timeout_s: float = Field(default=30.0, gt=0, description="Longest time for one write.")
+    retention: RetentionPolicy = Field(
+        default_factory=RetentionPolicy,
+        description="How long each class of data is kept; what is not named is kept for ever.",
+    )
 
 
 class RayLogMetrics:
@@ -122,7 +127,7 @@ class RequestLog:
         )
         await self._log.start()
         # Of several replicas one does it at a time.
-        self._upkeep = build_upkeep(settings)
+        self._upkeep = build_upkeep(settings, self._options.retention)
         self._upkeep.start()
 
     async def append(self, record: RequestRecord) -> None:

@@ -7,15 +7,18 @@ import time
 from ray.util.metrics import Counter, Gauge
 
 from serve_app.accounts.partitions import partitions_task
+from serve_app.accounts.retention.policy import DataClass, RetentionPolicy
+from serve_app.accounts.retention.task import retention_task
 from serve_app.accounts.upkeep import Upkeep
 from serve_app.settings import Settings
 
 
-def build_upkeep(settings: Settings) -> Upkeep:
+def build_upkeep(settings: Settings, retention: RetentionPolicy) -> Upkeep:
     """Return the upkeep with its tasks, not started."""
     metrics = RayUpkeepMetrics()
     tasks = [
         partitions_task(metrics),
+        retention_task(retention, metrics),
     ]
     return Upkeep(settings.postgres, tasks, metrics)
 
@@ -62,6 +65,15 @@ class RayUpkeepMetrics:
         self._ahead = KeptGauge(
             "comp_ai_partitions_ahead", "Months after this one that have their partitions."
         )
+        self._dropped = Counter(
+            "comp_ai_retention_partitions_dropped", "Months that went whole, by class.", ("data",)
+        )
+        self._removed = Counter(
+            "comp_ai_retention_rows", "Rows that were past their time and went.", ("data",)
+        )
+        self._oldest = KeptGauge(
+            "comp_ai_oldest_row_age_s", "Age of the oldest row of a class of data, s.", ("data",)
+        )
 
     def upkeep_succeeded(self, task: str, seconds: float) -> None:
         """See `UpkeepMetrics.upkeep_succeeded`."""
@@ -75,6 +87,17 @@ class RayUpkeepMetrics:
     def partitions_ahead(self, months: int) -> None:
         """See `PartitionMetrics.partitions_ahead`."""
         self._ahead.set(months)
+
+    def retention_removed(self, data: DataClass, partitions: int, rows: int) -> None:
+        """See `RetentionMetrics.retention_removed`."""
+        # Ray refuses to count 0.
+        for counter, count in ((self._dropped, partitions), (self._removed, rows)):
+            if count:
+                counter.inc(count, {"data": data.value})
+
+    def oldest_row_age_s(self, data: DataClass, seconds: float) -> None:
+        """See `RetentionMetrics.oldest_row_age_s`."""
+        self._oldest.set(seconds, data.value)
 
     def upkeep_goes_on(self) -> None:
         """See `UpkeepMetrics.upkeep_goes_on`."""

@@ -114,6 +114,23 @@ def migrate_schema(
 
 
 @app.command()
+def retention(
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Serve config YAML that sets it; configs/local-cpu.yaml if not given."),
+    ] = None,
+    really: Annotated[bool, typer.Option("--apply", help="Remove it now.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is past its time; nothing is removed without --apply."""
+    from serve_app.cli.retention import read_policy, retain
+    from serve_app.stack.up import DEFAULT_CONFIG
+
+    policy = read_policy(config or DEFAULT_CONFIG)
+    _run(retain(_postgres(), policy, really=really, as_json=as_json))
+
+
+@app.command()
 def token(
     subject: Annotated[
         str, typer.Option(help="Local issuer: who the token is for.")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import asyncpg
 import typer
 from rich.console import Console
 from rich.table import Column, Table
@@ -20,19 +18,16 @@ from rich.text import Text
 from serve_app.audit.chain import Link
 from serve_app.audit.reading import AuditFilter, AuditPage, parse_time, read_page
 from serve_app.audit.verify import Verdict, read_checkpoint, verify, write_checkpoint
-from serve_app.database import CONNECT_ERRORS, DatabaseUnavailable, connect
+from serve_app.cli.connection import connected
 from serve_app.errors import ConfigError
 from serve_app.settings import PostgresSettings
-
-if TYPE_CHECKING:
-    from serve_app.audit.log import Connection
 
 
 async def show(
     settings: PostgresSettings, wanted: AuditFilter, limit: int, *, as_json: bool
 ) -> None:
     """Print the latest rows, the oldest of them first."""
-    async with _connected(settings) as connection:
+    async with connected(settings, "comp-ai audit") as connection:
         rows = await read_page(connection, wanted, AuditPage(limit=limit))
     rows.reverse()
     if as_json:
@@ -93,24 +88,8 @@ def _time(option: str, text: str | None) -> datetime | None:
 
 
 async def _verify(settings: PostgresSettings, against: Link | None) -> Verdict:
-    async with _connected(settings) as connection:
+    async with connected(settings, "comp-ai audit") as connection:
         return await verify(connection, against)
-
-
-@asynccontextmanager
-async def _connected(settings: PostgresSettings) -> AsyncIterator[Connection]:
-    # No statement timeout: the whole log may take its time.
-    connection = await connect(settings, application_name="comp-ai audit", statement_timeout_s=0)
-    try:
-        yield connection
-    except asyncpg.UndefinedTableError as error:
-        raise DatabaseUnavailable("There is no audit log yet. Run `comp-ai migrate`.") from error
-    except CONNECT_ERRORS as error:
-        name = type(error).__name__
-        raise DatabaseUnavailable(f"PostgreSQL broke off: {name}.") from error
-    finally:
-        # Not `close`: there may be nobody any more to say goodbye to.
-        connection.terminate()
 
 
 def _read(file: Path) -> Link:

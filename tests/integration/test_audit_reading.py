@@ -291,7 +291,7 @@ async def test_a_file_that_is_no_checkpoint_is_refused(
 async def test_without_the_schema_it_says_what_to_do(empty_database: PostgresSettings) -> None:
     done = await comp_ai(empty_database, "audit", "verify")
     assert (done.code, done.out) == (1, "")
-    assert done.err == "comp-ai: There is no audit log yet. Run `comp-ai migrate`.\n"
+    assert done.err == "comp-ai: A table is missing. Run `comp-ai migrate`.\n"
 
 
 async def test_migrations_are_audited_from_the_log_on(empty_database: PostgresSettings) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 
 import asyncpg
 
 from serve_app.accounts import writer
 from serve_app.accounts.retention.keeping import Expired, apply, expired
 from serve_app.accounts.retention.policy import DataClass, Keep, RetentionPolicy
+from serve_app.accounts.retention.task import retention_task
 from serve_app.audit.act import Actor
 from serve_app.database import connect
 from serve_app.records import Outcome, PrincipalKind, RequestRecord, new_id, utc_now
 from serve_app.settings import PostgresSettings
+from tests.integration.command_line import comp_ai
 
 _OLD = datetime(2024, 3, 10, tzinfo=UTC)
 _OLDER = datetime(2024, 2, 10, tzinfo=UTC)
@@ -214,9 +218,62 @@ async def test_two_runners_and_a_drain_at_once(
     assert await connection.fetchval(held) == written // 2 + 1
 
 
+async def test_the_upkeep_tells_what_went_and_how_old_the_oldest_is(
+    connection: asyncpg.Connection,
+) -> None:
+    told: list[tuple[DataClass, int, int]] = []
+    ages: dict[DataClass, float] = {}
+
+    class Metrics:
+        def retention_removed(self, data: DataClass, partitions: int, rows: int) -> None:
+            told.append((data, partitions, rows))
+
+        def oldest_row_age_s(self, data: DataClass, seconds: float) -> None:
+            ages[data] = seconds
+
+    await fill(connection, record(_OLD), record(_OLD, "ben"), record(utc_now()))
+    await hold(connection, "ben")
+    await retention_task(RetentionPolicy(bodies=Keep(months=1)), Metrics()).run(connection)
+    assert told == [(DataClass.BODIES, 1, 0), (DataClass.BODIES, 0, 1)]
+    assert ages[DataClass.REQUESTS] > 365 * 86_400
+    await release(connection)
+    await retention_task(_POLICY, Metrics()).run(connection)
+    assert ages[DataClass.REQUESTS] < 86_400
+
+
 async def test_who_removes_is_named(connection: asyncpg.Connection) -> None:
     await fill(connection, record(_OLD))
     async for _ in apply(connection, _POLICY, Actor(id="ops@host", kind="operator")):
         pass
     rows = await connection.fetch("select distinct actor_id from comp_ai.audit_log")
     assert [row["actor_id"] for row in rows] == ["ops@host"]
+
+
+def test_the_command_looks_first_and_removes_when_told(
+    database: PostgresSettings, tmp_path: Path
+) -> None:
+    async def prepare() -> None:
+        connection = await connect(database, application_name="tests")
+        await fill(connection, record(_OLD))
+        await connection.close()
+
+    asyncio.run(prepare())
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "applications:\n"
+        "  - {name: a-model}\n"
+        "  - {name: gateway, args: {request_log: {retention: {requests: {months: 13}}}}}\n"
+    )
+    asked = ("retention", "--config", str(config), "--json")
+    looked = json.loads(comp_ai(database, *asked).stdout)
+    assert looked["policy"] == {"requests": {"months": 13}}
+    assert [one["rows"] for one in looked["expired"]] == [0, 1, 0, 1]
+    done = json.loads(comp_ai(database, *asked, "--apply").stdout)
+    assert done["removed"] == looked["expired"]
+    said = comp_ai(database, "retention", "--config", str(config))
+    assert said.stdout == "nothing is past its time\n"
+    assert "bodies: kept for 13 months" in said.stderr
+
+    config.write_text("applications: [{args: {request_log: {retention: {answers: {days: 1}}}}}]")
+    wrong = comp_ai(database, *asked)
+    assert (wrong.returncode, "request_log.retention.answers" in wrong.stderr) == (2, True)

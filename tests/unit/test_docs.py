@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from typer.main import get_command
 
 from serve_app import error_reference
+from serve_app.accounts.retention.policy import RetentionPolicy
 from serve_app.cli.app import app as command_line
 from serve_app.completions.kinds import ENDPOINTS
 from serve_app.config import GatewayConfig, LimitPolicy, ModelEntry
@@ -138,7 +139,7 @@ def walked(kinds: Iterable[object]) -> Iterator[object]:
         yield from walked(get_args(kind))
 
 
-@pytest.mark.parametrize("model", models_within(GatewayConfig))
+@pytest.mark.parametrize("model", [*models_within(GatewayConfig), *models_within(RetentionPolicy)])
 def test_every_setting_of_the_policy_is_documented(model: type[BaseModel]) -> None:
     assert section(model.__name__) == fields_of(model)
 
