@@ -24,7 +24,7 @@ from serve_app.completions import gateway
 from serve_app.completions.body import Defaults
 from serve_app.completions.parts import Parts
 from serve_app.completions.upstream import new_session
-from serve_app.config import GatewayConfig, parse_config
+from serve_app.config import GatewayConfig, WhenLogFull, parse_config
 from serve_app.errors import ConfigError
 from serve_app.http_app import Check, create_app
 from serve_app.identity.authenticator import build_authenticator
@@ -83,6 +83,7 @@ class Gateway:
         self._limits = RayLimitKeeper(limits)
         self._limits.start()
         self._log = RayRecordSink(request_log)
+        self._log.start()
         metrics = RayGatewayMetrics()
         self._models = QueuedPool(RayModelPool(), metrics)
         self._models.start()
@@ -133,6 +134,7 @@ class Gateway:
         if self._gateway is not None:
             await self._gateway.close()
         await self._limits.close()
+        await self._log.close()
         await self._authenticator.close()
 
     def _configured(self) -> gateway.Gateway:
@@ -143,9 +145,10 @@ class Gateway:
         return self._gateway
 
     def _checks(self) -> list[Check]:
-        models = self._configured().config.models
+        config = self._configured().config
+        refuses = config.when_log_full is WhenLogFull.REFUSE
         return [
             Check("limits", self._limits.works),
-            Check("request_log", self._log.works),
-            *(Check(f"model {m.name}", partial(self._models.ready, m)) for m in models),
+            Check("request_log", partial(self._log.works, room=refuses)),
+            *(Check(f"model {m.name}", partial(self._models.ready, m)) for m in config.models),
         ]

@@ -17,7 +17,7 @@ from serve_app.errors import (
     RateLimited,
 )
 from serve_app.identity.sign_ins import CredentialKind
-from serve_app.records import RequestRecord
+from serve_app.records import Outcome, RequestRecord
 
 _DURATIONS_S = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600]
 _STEPS_S = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30]
@@ -36,6 +36,9 @@ class RayGatewayMetrics:
         self._refused = Counter("comp_ai_limits_refused", "Requests over a limit.", _LABELS)
         self._retried = Counter(
             "comp_ai_retries", "Requests asked again of another replica.", ("model",)
+        )
+        self._dropped = Counter(
+            "comp_ai_log_dropped", "Requests that ended without a record.", ("outcome",)
         )
         self._waiting = Gauge(
             "comp_ai_queue_waiting", "Requests that wait in this gateway.", ("app",)
@@ -94,6 +97,10 @@ class RayGatewayMetrics:
     def request_retried(self, model_label: str) -> None:
         """Count it."""
         self._retried.inc(1, {"model": model_label})
+
+    def record_dropped(self, outcome: Outcome) -> None:
+        """Count it."""
+        self._dropped.inc(1, {"outcome": outcome.value})
 
     def requests_waiting(self, app: str, requests: int) -> None:
         """Set the gauge."""

@@ -40,8 +40,14 @@ class RequestLogOptions(BaseModel):
     spool_max_bytes: int | None = Field(
         default=None,
         ge=1024 * 1024,
-        description="Largest spool of one replica; further requests are then refused. "
+        description="Largest spool of one replica; new requests are refused from 90 % of it on. "
         "No limit where not set.",
+    )
+    spool_min_free_bytes: int = Field(
+        default=536_870_912,
+        ge=0,
+        description="Free bytes of the spool's disk below which new requests are refused or "
+        "dropped, see `when_log_full`. Those under way use what is left.",
     )
     drain_timeout_s: float = Field(
         default=10.0, ge=0, description="Longest wait for PostgreSQL when the replica stops."
@@ -64,6 +70,9 @@ class RayLogMetrics:
         self._lag = Gauge(
             "comp_ai_log_lag_s", description="Age of the oldest record that PostgreSQL lacks, s."
         )
+        self._full = Gauge(
+            "comp_ai_log_full", description="1 while there is no room for new records, else 0."
+        )
         self._write = Histogram(
             "comp_ai_postgres_write_s",
             description="Time to write one batch of records to PostgreSQL, s.",
@@ -76,6 +85,10 @@ class RayLogMetrics:
     def spool_depth(self, rows: int) -> None:
         """Set the gauge."""
         self._depth.set(rows)
+
+    def spool_full(self, full: bool) -> None:
+        """Set the gauge."""
+        self._full.set(int(full))
 
     def spool_lag_s(self, seconds: float) -> None:
         """Set the gauge."""
@@ -114,7 +127,12 @@ class RequestLog:
         self._options = parse_config(RequestLogOptions, options or {}, "request_log")
         settings = load_settings()
         root = self._options.spool_folder or settings.service.home_path / "spool"
-        make = partial(Spool, lock_timeout_s=0, max_bytes=self._options.spool_max_bytes)
+        make = partial(
+            Spool,
+            lock_timeout_s=0,
+            max_bytes=self._options.spool_max_bytes,
+            min_free_bytes=self._options.spool_min_free_bytes,
+        )
         folders = SpoolFolders(root, make)
         self._log = request_log.RequestLog(
             spool=await folders.take(),
@@ -137,6 +155,10 @@ class RequestLog:
             LogUnavailable: the record is not known to be safe.
         """
         await self._log.append(record)
+
+    async def has_room(self) -> bool:
+        """Tell whether new requests may count on being recorded here."""
+        return await self._log.has_room()
 
     async def status(self) -> LogStatus:
         """Return how the log is."""

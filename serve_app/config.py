@@ -48,6 +48,13 @@ class Durability(enum.StrEnum):
     ASYNC = "async"
 
 
+class WhenLogFull(enum.StrEnum):
+    """What becomes of requests that there is no room to record."""
+
+    REFUSE = "refuse"
+    DROP = "drop"
+
+
 class Task(enum.StrEnum):
     """What a model is for."""
 
@@ -509,6 +516,11 @@ class GatewayConfig(_Config):
         default=Durability.SYNC,
         description="sync: the last byte waits until the record is on disk. "
         "async: it does not, and a crash can lose the record.",
+    )
+    when_log_full: WhenLogFull = Field(
+        default=WhenLogFull.REFUSE,
+        description="While no request log has room: refuse new requests with 503, or answer "
+        "them, and drop and count the records that cannot be kept.",
     )
     deadline_s: float = Field(
         default=600.0, gt=0, description="Longest time for one request, its stream included."

@@ -21,6 +21,11 @@ from serve_app.records import RequestRecord
 class RecordSink(Protocol):
     """Where the records of requests go."""
 
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for the records of new requests, as of a second ago."""
+        ...
+
     async def append(self, record: RequestRecord) -> None:
         """Return once `record` survives the death of every process; safe to repeat.
 

@@ -33,7 +33,8 @@
         │   ├── IdentityUnavailable
         │   ├── LimitsUnavailable
         │   ├── StoreUnavailable
-        │   └── LogUnavailable
+        │   ├── LogUnavailable
+        │   └── LogFull
         └── DeadlineExceeded     504
 
 The docstring of a class is its default message; `cause`, `remedy` and `retry_after` are what
@@ -455,6 +456,15 @@ class LogUnavailable(Unavailable):
     code = "request_log_unavailable"
     cause = "the record could not be put on disk, [see below](#when-the-record-cannot-be-kept)"
     remedy = "wait; the operator looks at the disk of the spool"
+
+
+class LogFull(Unavailable):
+    """There is no room to record further requests, so none are served. Try again later."""
+
+    code = "request_log_full"
+    cause = "the disk of the spool is nearly full, or cannot be written; no model was asked"
+    remedy = "wait; the operator makes room on the disk of the spool"
+    retry_after = "10"
 
 
 class DeadlineExceeded(RequestError):

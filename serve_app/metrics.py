@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from serve_app.identity.sign_ins import CredentialKind, SignInMetrics
-from serve_app.records import RequestRecord
+from serve_app.records import Outcome, RequestRecord
 
 
 class GatewayMetrics(SignInMetrics, Protocol):
@@ -17,6 +17,10 @@ class GatewayMetrics(SignInMetrics, Protocol):
 
     def request_retried(self, model_label: str) -> None:
         """Count a request that is asked again because its replica failed."""
+        ...
+
+    def record_dropped(self, outcome: Outcome) -> None:
+        """Count a request that ended so and that the log will not have."""
         ...
 
     def requests_waiting(self, app: str, requests: int) -> None:
@@ -31,6 +35,9 @@ class NoMetrics:
         """Do nothing."""
 
     def requests_waiting(self, app: str, requests: int) -> None:
+        """Do nothing."""
+
+    def record_dropped(self, outcome: Outcome) -> None:
         """Do nothing."""
 
     def request_finished(self, record: RequestRecord, model_label: str) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.seams.calls import CALL_FAILED, answers, until_answered
+from deployments.seams.calls import CALL_FAILED, until_answered
 from serve_app.errors import LogUnavailable
 from serve_app.records import RequestRecord
 
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 # An append takes milliseconds. One that takes longer than this is tried elsewhere.
 _PATIENCE_FIRST_S = 5.0
 _ALL_TIMEOUT_S = 5.0
+_WATCH_EVERY_S = 1.0
 
 
 class RayRecordSink:
@@ -23,6 +25,23 @@ class RayRecordSink:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
+        self._full = False
+        self._watching: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to watch how full the replicas are, so that no request has to ask."""
+        self._watching = asyncio.create_task(self._watch(), name="watch-request-log")
+
+    async def close(self) -> None:
+        """Stop watching."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+
+    @property
+    def full(self) -> bool:
+        """See `RecordSink.full`: every replica that answered last had no room."""
+        return self._full
 
     async def append(self, record: RequestRecord) -> None:
         """See `RecordSink.append`. Tries again, until cancelled, while a replica is away.
@@ -53,14 +72,31 @@ class RayRecordSink:
 
     async def _append_everywhere(self, record: RequestRecord) -> bool:
         """Tell whether one replica took `record`, all of them being asked."""
+        results = await self._everywhere("append", record)
+        return any(not isinstance(result, BaseException) for result in results)
+
+    async def works(self, *, room: bool) -> bool:
+        """Tell whether a replica answers and, where `room` is asked for, has room."""
+        rooms = await self._rooms()
+        return any(rooms) if room else bool(rooms)
+
+    async def _watch(self) -> None:
+        while True:
+            # Where none answers nothing is known: appends wait for one.
+            if rooms := await self._rooms():
+                self._full = not any(rooms)
+            await asyncio.sleep(_WATCH_EVERY_S)
+
+    async def _rooms(self) -> list[bool]:
+        """Return for each replica that answers whether it has room."""
+        return [room for room in await self._everywhere("has_room") if isinstance(room, bool)]
+
+    async def _everywhere(self, method: str, *args: Any) -> list[Any]:
+        """Call `method` at all replicas; return what each returned or raised."""
         try:
-            results = await self._handle.broadcast("append", record).results_async(
+            results: list[Any] = await self._handle.broadcast(method, *args).results_async(
                 timeout_s=_ALL_TIMEOUT_S, return_exceptions=True
             )
         except (*CALL_FAILED, TimeoutError):
-            return False
-        return any(not isinstance(result, BaseException) for result in results)
-
-    async def works(self) -> bool:
-        """Tell whether records can be taken now."""
-        return await answers(self._handle.status.remote())
+            return []
+        return results

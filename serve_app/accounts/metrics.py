@@ -16,6 +16,10 @@ class LogMetrics(Protocol):
         """How long the oldest of them has waited."""
         ...
 
+    def spool_full(self, full: bool) -> None:
+        """Whether there is no room for the records of new requests; told again and again."""
+        ...
+
     def postgres_write_s(self, seconds: float) -> None:
         """How long one batch took to write."""
         ...
@@ -52,6 +56,9 @@ class NoMetrics:
         """Ignore it."""
 
     def spool_lag_s(self, seconds: float) -> None:
+        """Ignore it."""
+
+    def spool_full(self, full: bool) -> None:
         """Ignore it."""
 
     def postgres_write_s(self, seconds: float) -> None:

@@ -50,6 +50,7 @@ class LogConfig:
     backoff_most_s: float = 10.0
     gauges_every_s: float = 1.0
     adopt_every_s: float = 5.0
+    room_timeout_s: float = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +70,7 @@ class LogStatus:
 
 
 class RequestLog:
-    """Owns a spool and the task that drains it. A `RecordSink` of `serve_app.contracts`.
+    """Owns a spool and the task that drains it.
 
     Args:
         spool: its own; opened by `start` where it is not open.
@@ -104,6 +105,7 @@ class RequestLog:
         self._written = 0
         self._poisoned = 0
         self._last_error: str | None = None
+        self._full = False
         self._gauges_due = 0.0
         self._gauged: int | None = None
         self._gauge_again = 0.0
@@ -131,6 +133,16 @@ class RequestLog:
             # Also when this task is cancelled: the spool writes the record all the same.
             self._empty.clear()
             self._work.set()
+
+    async def has_room(self) -> bool:
+        """Tell whether new requests may count on being recorded here."""
+        try:
+            async with asyncio.timeout(self._config.room_timeout_s):
+                room = await self._spool.has_room()
+        except (LogUnavailable, TimeoutError):
+            room = False
+        self._note_full(not room)
+        return room
 
     def check(self) -> None:
         """Say nothing where the log works; PostgreSQL's absence is not a fault of ours.
@@ -317,6 +329,18 @@ class RequestLog:
             "the request log cannot move records to PostgreSQL; they wait in the spool",
             extra={"action": "request_log.drain_failed", "error": self._last_error},
         )
+
+    def _note_full(self, full: bool) -> None:
+        self._metrics.spool_full(full)
+        if full == self._full:
+            return
+        self._full = full
+        if full:
+            message = "the spool has no room for further records: make room on its disk"
+            _logger.error(message, extra={"action": "request_log.full"})
+        else:
+            message = "the spool has room again"
+            _logger.warning(message, extra={"action": "request_log.room_again"})
 
     async def _back_off(self) -> None:
         longest = min(

@@ -7,6 +7,7 @@ cut; committed in groups, so that one fsync serves all appends that came during 
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import time
 import uuid
@@ -23,6 +24,8 @@ _MIB = 1024 * 1024
 # Once the spool has been emptied, so many free pages go back to the file system at a time:
 # not all of them, as appends wait meanwhile.
 _SHRINK_PAGES = 1024
+# Of `max_bytes`; the rest is for the records of requests that are under way.
+_ADMIT_SHARE = 0.9
 
 _PRAGMAS = (
     # Before the first table: it cannot be switched on later.
@@ -83,7 +86,14 @@ class SpoolState:
 
 
 class Spool(GroupCommit):
-    """A queue of records on disk. Use it from one event loop, between `open` and `close`."""
+    """A queue of records on disk. Use it from one event loop, between `open` and `close`.
+
+    Args:
+        folder: where it lies; made where it is not there.
+        lock_timeout_s: longest wait for another process to let go of it.
+        max_bytes: largest file; no limit where None.
+        min_free_bytes: free bytes of the disk below which it says that it has no room.
+    """
 
     FILE: ClassVar[str] = "spool.sqlite3"
 
@@ -93,6 +103,7 @@ class Spool(GroupCommit):
         *,
         lock_timeout_s: float = 30.0,
         max_bytes: int | None = None,
+        min_free_bytes: int = 0,
     ) -> None:
         super().__init__(
             folder,
@@ -104,6 +115,9 @@ class Spool(GroupCommit):
             max_bytes=max_bytes,
         )
         self._emptied = False  # set on the loop, taken by the thread
+        self._admit_bytes = None if max_bytes is None else int(max_bytes * _ADMIT_SHARE)
+        self._min_free_bytes = min_free_bytes
+        self._refused = False  # the last append was
 
     async def append(self, record: RequestRecord) -> None:
         """Return once `record` is on disk; a repeated id changes nothing.
@@ -115,7 +129,26 @@ class Spool(GroupCommit):
                 the spool is closed). Other appends are not affected.
         """
         row = (record.id.bytes, time.time(), _encode(record))
-        await self._do(lambda connection: connection.execute(_INSERT, row).rowcount)
+        try:
+            await self._do(lambda connection: connection.execute(_INSERT, row).rowcount)
+        except LogUnavailable:
+            self._refused = True
+            raise
+        self._refused = False
+
+    async def has_room(self) -> bool:
+        """Tell whether new requests may count on room for their records.
+
+        It says no some way before it is full, so that requests under way still find room. Once
+        it has refused a record, it writes to the disk to see whether that is over.
+
+        Raises:
+            LogUnavailable: nothing can be written.
+        """
+        if self._refused:
+            await self._do(_write_something)
+            self._refused = False
+        return await self._do(self._measure)
 
     async def batch(self, limit: int, *, max_bytes: int = 16 * _MIB) -> list[SpooledRow]:
         """Return the oldest rows: at most `limit`, and once past `max_bytes` no more."""
@@ -161,6 +194,12 @@ class Spool(GroupCommit):
         """Return for how long the oldest row has waited, in seconds."""
         return (await self.state()).oldest_age_s
 
+    def _measure(self, connection: sqlite3.Connection) -> bool:
+        if self._admit_bytes is not None and _used_bytes(connection) >= self._admit_bytes:
+            return False
+        disk = os.statvfs(self._folder)
+        return disk.f_bavail * disk.f_frsize >= self._min_free_bytes
+
     def _after_commit(self, connection: sqlite3.Connection) -> None:
         if self._emptied:
             self._emptied = False
@@ -194,6 +233,17 @@ def _read_batch(connection: sqlite3.Connection, limit: int, max_bytes: int) -> l
             break
     cursor.close()
     return rows
+
+
+def _used_bytes(connection: sqlite3.Connection) -> int:
+    names = ("page_count", "freelist_count", "page_size")
+    pages, free, size = (connection.execute(f"pragma {name}").fetchone()[0] for name in names)
+    return int((pages - free) * size)
+
+
+def _write_something(connection: sqlite3.Connection) -> None:
+    # A number in the file's header that SQLite leaves to its users.
+    connection.execute(f"pragma user_version = {time.time_ns() % 2**31}")
 
 
 def _shrink(connection: sqlite3.Connection) -> None:

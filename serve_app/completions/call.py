@@ -1,6 +1,7 @@
 """The path of one request.
 
-    authenticate → authorize → claim → recall → reserve → lease → relay → settle → record → keep
+    admit → authenticate → authorize → claim → recall → reserve → lease → relay
+    → settle → record → keep
 
 `Call.complete` is the way there, `Call.finish` the way back, and `Call.end` sends the last
 byte once the record is safe.
@@ -31,13 +32,14 @@ from serve_app.completions.parts import Document, Download, Handler, OnBehalf, P
 from serve_app.completions.reply import Reply
 from serve_app.completions.request_body import read_json_body
 from serve_app.completions.sse import KEEP_ALIVE, comment
-from serve_app.config import Bodies, GatewayConfig, Standing
+from serve_app.config import Bodies, GatewayConfig, Standing, WhenLogFull
 from serve_app.contracts import Lease, LeaseHint, Reservation, Spent
 from serve_app.errors import (
     AuthenticationFailed,
     ClientGone,
     DeadlineExceeded,
     EngineFailed,
+    LogFull,
     ModelOverloaded,
     RequestError,
     SlowClient,
@@ -57,6 +59,8 @@ logger = logging.getLogger(__name__)
 
 # A client that sets it to `trailer` gets the timings at the end of a stream, too.
 TIMING_HEADER = "x-comp-ai-server-timing"
+# Nobody knows when a disk is made free; so often it costs nothing to ask again.
+_RETRY_FULL_S = 10.0
 
 
 class Call:
@@ -100,6 +104,7 @@ class Call:
 
     async def complete(self, kind: Kind) -> None:
         """Pass every step of a completion, up to but without its last byte."""
+        self._admit()
         async with self._deadline():
             principal = await self._authenticate()
             ask = await self._authorize(kind, principal)
@@ -120,6 +125,7 @@ class Call:
 
     async def document(self, handler: Handler, permission: Permission | None) -> None:
         """Answer a signed-in caller where no model is needed."""
+        self._admit()
         async with self._deadline():
             principal = await self._authenticate()
             if permission is not None:
@@ -132,10 +138,16 @@ class Call:
 
     async def refuse(self, error: RequestError) -> NoReturn:
         """Fail with `error`, after having seen who asks."""
+        self._admit()
         async with self._deadline():
             with suppress(RequestError):
                 await self._authenticate()
             raise error
+
+    def _admit(self) -> None:
+        """Refuse what could not be recorded. Raises LogFull."""
+        if self._parts.log.full and self._config.when_log_full is WhenLogFull.REFUSE:
+            raise LogFull(retry_after_s=_RETRY_FULL_S)
 
     @asynccontextmanager
     async def _deadline(self) -> AsyncIterator[None]:

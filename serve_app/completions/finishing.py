@@ -15,8 +15,8 @@ from starlette.requests import ClientDisconnect
 from serve_app.completions.attempt import Attempt
 from serve_app.completions.exchange import Exchange
 from serve_app.completions.parts import Parts, Spawn
-from serve_app.config import Durability, GatewayConfig
-from serve_app.errors import ClientGone, InternalError, LogUnavailable, RequestError
+from serve_app.config import Durability, GatewayConfig, WhenLogFull
+from serve_app.errors import ClientGone, InternalError, LogFull, LogUnavailable, RequestError
 from serve_app.log_setup import log_failure
 from serve_app.records import RequestRecord
 
@@ -72,23 +72,49 @@ class Finishing:
         if record is None:
             self._exchange.fail(InternalError())
             return
-        if self._config.durability is Durability.ASYNC:
-            self._spawn(self._append(record))
+        if isinstance(self._exchange.error, LogFull):
+            # What room is left is for the requests that were let in.
+            self._drop(record)
+        elif self._config.durability is Durability.ASYNC:
+            self._spawn(self._append_behind(record))
         elif not await self._append(record):
             self._exchange.fail(LogUnavailable())
             record = self._exchange.record(self._config.bodies)
         self._report(record)
 
+    async def _append_behind(self, record: RequestRecord) -> None:
+        if not await self._append(record):
+            self._drop(record)
+
     async def _append(self, record: RequestRecord) -> bool:
+        """Tell whether the answer may go out: with its record, or without by the policy."""
         with self.tried("append"):
             try:
                 async with asyncio.timeout(self._config.record_timeout_s):
                     await self._parts.log.append(record)
+            except LogUnavailable:
+                return self._goes_on_without(record)
             except (RequestError, TimeoutError):
                 logger.error("request %s was not recorded", record.id)
                 return False
             return True
         return False
+
+    def _goes_on_without(self, record: RequestRecord) -> bool:
+        if self._config.when_log_full is WhenLogFull.DROP:
+            self._drop(record)
+            return True
+        logger.error("request %s was not recorded", record.id)
+        return False
+
+    def _drop(self, record: RequestRecord) -> None:
+        with self.tried("count"):
+            self._parts.metrics.record_dropped(record.outcome)
+        logger.error(
+            "the record of request %s was dropped",
+            record.id,
+            extra={"action": "request_log.dropped", "outcome": record.outcome.value},
+        )
 
     def _report(self, record: RequestRecord) -> None:
         label = self._model_label()

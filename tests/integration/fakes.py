@@ -244,6 +244,7 @@ class RecordList:
 
     def __init__(self, events: list[str]) -> None:
         self.records: list[RequestRecord] = []
+        self.full = False
         self.gate = Gate()
         self.error: Exception | None = None
         self._events = events

@@ -39,6 +39,9 @@ class Metrics:
     def spool_depth(self, rows: int) -> None:
         self.depths.append(rows)
 
+    def spool_full(self, full: bool) -> None:
+        self.full = full
+
     def spool_lag_s(self, seconds: float) -> None:
         self.lags.append(seconds)
 

@@ -29,8 +29,11 @@ def _record() -> RequestRecord:
 class Replica:
     """A replica of the log. `error` is what it says to an append; `hangs` says nothing."""
 
-    def __init__(self, error: Exception | None = None, *, hangs: bool = False) -> None:
+    def __init__(
+        self, error: Exception | None = None, *, hangs: bool = False, room: bool = True
+    ) -> None:
         self.error = error
+        self.room = room
         self.hangs = hangs
         self.records: list[RequestRecord] = []
 
@@ -41,11 +44,16 @@ class Replica:
             raise self.error
         self.records.append(record)
 
+    async def has_room(self) -> bool:
+        if isinstance(self.error, RayActorError):
+            raise self.error
+        return self.room
+
 
 class Broadcast:
     """The answers of all replicas."""
 
-    def __init__(self, answers: Sequence[Awaitable[None]]) -> None:
+    def __init__(self, answers: Sequence[Awaitable[Any]]) -> None:
         self._answers = answers
 
     async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
@@ -65,8 +73,8 @@ class Handle:
         index = self._chosen.pop(0) if len(self._chosen) > 1 else self._chosen[0]
         return self.replicas[index].append(record)
 
-    def broadcast(self, method: str, record: RequestRecord) -> Broadcast:
-        return Broadcast([getattr(replica, method)(record) for replica in self.replicas])
+    def broadcast(self, method: str, *args: Any) -> Broadcast:
+        return Broadcast([getattr(replica, method)(*args) for replica in self.replicas])
 
 
 def _sink(handle: Handle) -> RayRecordSink:
@@ -103,3 +111,33 @@ async def test_where_all_refuse_it_is_not_safe() -> None:
     handle = Handle(Replica(LogUnavailable()), Replica(LogUnavailable()))
     with pytest.raises(LogUnavailable):
         await _sink(handle).append(_record())
+
+
+@pytest.mark.parametrize(
+    ("replicas", "full", "answers"),
+    [
+        ([Replica()], False, True),
+        ([Replica(room=False)], True, True),
+        ([Replica(room=False), Replica()], False, True),
+        ([Replica(room=False), Replica(RayActorError())], True, True),
+        # Nothing is known.
+        ([Replica(RayActorError())], False, False),
+    ],
+)
+async def test_the_log_is_full_where_no_replica_that_answers_has_room(
+    monkeypatch: pytest.MonkeyPatch, replicas: list[Replica], full: bool, answers: bool
+) -> None:
+    monkeypatch.setattr(records, "_WATCH_EVERY_S", 0)
+    sink = _sink(Handle(*replicas))
+    sink.start()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert sink.full is full
+    assert await sink.works(room=True) is (answers and not full)
+    assert await sink.works(room=False) is answers
+    for replica in replicas:
+        replica.room, replica.error = True, None
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not sink.full
+    await sink.close()

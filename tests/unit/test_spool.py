@@ -185,16 +185,59 @@ async def test_file_system_without_space(tmp_path: Path) -> None:
     if await _run("mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path) != 0:
         pytest.skip("no mounts here")
     try:
-        spool = Spool(tmp_path)
+        spool = Spool(tmp_path, min_free_bytes=_MIB)
         await spool.open()
+        assert await spool.has_room()
         acked = await _fill(spool)
         assert _ids(await spool.batch(1000, max_bytes=64 * _MIB)) == acked
+        assert not await spool.has_room()
         assert await _run("mount", "-o", "remount,size=8m", tmp_path) == 0
+        assert await spool.has_room()
         await spool.append(record := _record("x" * 50_000))
         assert _ids(await spool.batch(1000, max_bytes=64 * _MIB)) == [*acked, record.id]
         await spool.close()
     finally:
         assert await _run("umount", "-l", tmp_path) == 0
+
+
+async def test_there_is_no_room_some_way_before_the_spool_is_full(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, max_bytes=_MIB)
+    await spool.open()
+    assert await spool.has_room()
+    while await spool.has_room():
+        await spool.append(_record("x" * 10_000))
+    for _ in range(3):  # those under way
+        await spool.append(_record("x" * 10_000))
+    await spool.discard(_ids(await spool.batch(100, max_bytes=8 * _MIB)))
+    assert await spool.has_room()
+    await spool.close()
+
+
+async def test_there_is_no_room_where_the_disk_is_nearly_full(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, min_free_bytes=1 << 60)
+    await spool.open()
+    assert not await spool.has_room()
+    await spool.append(_record())  # it was let in before
+    await spool.close()
+
+
+async def test_after_a_refusal_there_is_room_once_something_can_be_written(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy = group_commit._transact
+
+    def fail(connection: sqlite3.Connection, group: Sequence[Any]) -> list[Any]:
+        connection.execute("begin immediate")
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(group_commit, "_transact", fail)
+    with pytest.raises(LogUnavailable):
+        await spool.append(_record())
+    with pytest.raises(LogUnavailable):
+        await spool.has_room()
+    monkeypatch.setattr(group_commit, "_transact", healthy)
+    assert await spool.has_room()
+    await spool.append(_record())
 
 
 async def test_io_error_is_told_and_the_connection_replaced(
