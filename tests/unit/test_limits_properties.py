@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from serve_app.contracts import Limit, Reason, Reservation, Scope, Settlement, Spent
 from serve_app.limits import journal
 from serve_app.limits.account import NOTHING
-from serve_app.limits.book import Change, LimitBook
+from serve_app.limits.book import Change, LimitBook, PeriodTotal
+from serve_app.limits.periods import Period, utc
 from serve_app.limits.window import WINDOW_S
 
 RENEWAL_TIMEOUT_S = 15.0
@@ -30,12 +31,16 @@ RENEW_EVERY_S = 5.0
 DAY_S = 86_400.0
 # A window lets go what it counted this much late at most.
 LATE_S = 0.06
+# Each limit is the one that is reached first, of some scope: `test_every_limit_is_reached`.
 SCOPES = (
-    Scope(key="all", label="all", tokens_per_minute=150, concurrency=6, cost_per_month=2500),
-    Scope(key="a", label="a", requests_per_minute=5, tokens_per_minute=100, tokens_per_day=300),
-    Scope(key="b", label="b", concurrency=2, cost_per_day=900, tokens_per_month=250),
+    Scope(key="all", label="all", tokens_per_minute=150, concurrency=6),
+    Scope(key="a", label="a", requests_per_minute=5, tokens_per_minute=100),
+    Scope(key="b", label="b", concurrency=2, cost_per_day=900),
+    Scope(key="c", label="c", tokens_per_month=250),
+    Scope(key="d", label="d", cost_per_month=1500),
+    Scope(key="e", label="e", tokens_per_day=150),
 )
-CHOICES = [(0,), (0, 1), (0, 2), (0, 1, 2), (1, 2)]
+CHOICES = [(0,), (0, 1), (0, 2), (0, 1, 2), (1, 2), (3,), (4,), (5,), (0, 1, 3, 4, 5)]
 STEPS = 120
 
 
@@ -81,6 +86,8 @@ class World:
         self.requests: list[Request] = []
         self.gateways = [Gateway() for _ in range(gateways)]
         self.up = True
+        # Limits of scopes in whose way only what is reserved stood.
+        self.reached: set[tuple[str, Limit]] = set()
         self.begin_book()
 
     def begin_book(self) -> None:
@@ -137,6 +144,8 @@ class World:
             assert refusal.asked > refusal.allowed
         else:
             [scope] = [one for one in scopes if one.label == refusal.label]
+            if refusal.reason is Reason.BUSY:
+                self.reached.add((scope.key, refusal.limit))
             self.was_justified(scope, refusal.limit, most)
 
     def end(self) -> None:
@@ -287,6 +296,61 @@ def test_no_limit_is_passed_and_none_refuses_too_early(gateways: int, seed: int)
     for scope in SCOPES:
         if scope.tokens_per_minute is not None:
             world.no_window_is_over_its_limit(scope.key, scope.tokens_per_minute)
+    world.file.close()
+
+
+def test_every_limit_is_reached() -> None:
+    """Else the property above says nothing of it."""
+    reached = set()
+    for seed in range(40):
+        world = World(gateways=2, seed=seed)
+        for _ in range(STEPS):
+            world.step()
+        reached |= world.reached
+        world.file.close()
+    limited = {(s.key, limit) for s in SCOPES for limit in Limit if getattr(s, limit) is not None}
+    assert reached == limited
+
+
+# What is used here; what another journal is said to have used in all; or the process ends.
+_TOTALS_STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("use"), st.integers(0, 50), st.integers(0, 50)),
+        st.tuples(st.just("told"), st.integers(0, 200), st.integers(0, 200)),
+        st.just(("crash", 0, 0)),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps=_TOTALS_STEPS)
+def test_what_others_have_used_is_counted_once(steps: list[tuple[str, int, int]]) -> None:
+    world = World()
+    most = 10**6
+    scope = Scope(
+        key="a", label="a", tokens_per_day=most, tokens_per_month=most, cost_per_month=most
+    )
+    tokens = micros = 0
+    for what, some_tokens, some_micros in steps:
+        some = Spent(tokens=some_tokens, cost_micros=some_micros)
+        if what == "use":
+            world.book.settle(Settlement(id=uuid.uuid4(), accounts=(scope.key,), spent=some))
+            tokens, micros = tokens + some_tokens, micros + some_micros
+        elif what == "told":
+            told = [
+                PeriodTotal(account=scope.key, period=period.key(utc(world.now_s)), spent=some)
+                for period in Period
+            ]
+            journal.add(world.file, world.book.merge(told))
+            assert world.book.merge(told) == []
+            tokens, micros = max(tokens, some_tokens), max(micros, some_micros)
+        else:
+            world.begin_book()
+        world.written()
+        left = {state.limit: state.window.remaining for state in world.book.standing([scope])}
+        assert left[Limit.TOKENS_PER_DAY] == left[Limit.TOKENS_PER_MONTH] == most - tokens
+        assert left[Limit.COST_PER_MONTH] == most - micros
     world.file.close()
 
 
