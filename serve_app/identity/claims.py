@@ -18,7 +18,7 @@ from serve_app.errors import AuthenticationFailed
 from serve_app.identity.principal import Permission, Principal
 from serve_app.records import PrincipalKind
 
-MODEL_ROLE_PREFIX = "comp-ai:model:"
+_MODEL_ROLE_PREFIX = "comp-ai:model:"
 
 _ROLE_PREFIX = "comp-ai:"
 _MAX_SUBJECT_CHARS = 255  # OpenID Connect Core §2, `sub`
@@ -117,7 +117,7 @@ def _time_claim(claims: Mapping[str, Any], name: str, *, required: bool) -> floa
 
 
 def to_principal(claims: Mapping[str, Any], issuer: TrustedIssuer) -> Principal:
-    """Return the principal of verified `claims`.
+    """Return the principal of verified `claims`, which may do nothing yet: see `access`.
 
     Raises:
         AuthenticationFailed: `sub` is missing or unfit for a log line or a database.
@@ -128,19 +128,13 @@ def to_principal(claims: Mapping[str, Any], issuer: TrustedIssuer) -> Principal:
     principal_id = _named(issuer, subject)
     if len(principal_id) > _MAX_SUBJECT_CHARS:
         raise AuthenticationFailed("The access token has no valid `sub`.")
-    roles = frozenset(_roles_here(claims, issuer))
-    models = frozenset(
-        role.removeprefix(MODEL_ROLE_PREFIX) for role in roles if role.startswith(MODEL_ROLE_PREFIX)
-    )
     client = _client(claims)
     return Principal(
         id=principal_id,
         kind=PrincipalKind.SERVICE if _is_service(claims, subject) else PrincipalKind.USER,
-        roles=roles,
+        roles=frozenset(_roles_here(claims, issuer)),
         groups=frozenset(_named(issuer, group) for group in _groups(claims)),
         client_id=None if client is None else _named(issuer, client),
-        permissions=frozenset(permission for permission in Permission if permission in roles),
-        models=models or None,
     )
 
 
@@ -152,7 +146,7 @@ def _named(issuer: TrustedIssuer, word: str) -> str:
 def _roles_here(claims: Mapping[str, Any], issuer: TrustedIssuer) -> Iterator[str]:
     """Yield roles as this service knows them: ours by their own name, others by the issuer's."""
     for role in _roles(claims, issuer.client_id):
-        ours = role in issuer.permissions or role.startswith(MODEL_ROLE_PREFIX)
+        ours = role in issuer.permissions or role.startswith(_MODEL_ROLE_PREFIX)
         yield role if ours else _named(issuer, role)
 
 

@@ -22,12 +22,12 @@ class Principal:
     `client_id` is the client that the token was given to (`azp`). `limits` are those of the API
     key itself.
 
-    What a token gives is not known before `serve_app.identity.access` has mapped it.
+    Of a token it holds no permission before `serve_app.identity.access` has mapped its roles.
     """
 
     id: str
     kind: PrincipalKind
-    permissions: frozenset[Permission]
+    permissions: frozenset[Permission] = frozenset()
     models: frozenset[str] | None = None
     api_key_id: uuid.UUID | None = None
     roles: frozenset[str] = frozenset()

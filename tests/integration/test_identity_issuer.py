@@ -79,7 +79,7 @@ async def test_good_token_of_each_kind(
     key: Any, alg: str, issuer: Issuer, http: httpx.AsyncClient
 ) -> None:
     principal = await make_verifier(issuer, http).verify(sign(good_claims(issuer), key, alg))
-    assert principal.permissions == {Permission.USER}
+    assert principal.roles == {"comp-ai:user", "offline_access"}
 
 
 async def test_clock_skew_of_30_s_is_forgiven(issuer: Issuer, http: httpx.AsyncClient) -> None:
@@ -226,5 +226,5 @@ async def test_local_issuer_as_a_process(
         user = await authenticator.authenticate(f"Bearer {minted}")
     finally:
         await authenticator.close()
-    assert (service.kind, service.permissions) == (PrincipalKind.SERVICE, {Permission.USER})
+    assert (service.kind, service.roles) == (PrincipalKind.SERVICE, {Permission.USER})
     assert (user.id, user.kind, user.permissions) == ("ada", PrincipalKind.USER, frozenset())

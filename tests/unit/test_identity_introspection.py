@@ -116,7 +116,7 @@ async def make(issuer: Issuer, clock: Clock) -> AsyncIterator[Make]:
 
 async def test_the_answer_names_the_principal(make: Make) -> None:
     principal = await make().verify(TOKEN)
-    assert (principal.id, principal.client_id, set(principal.permissions)) == (
+    assert (principal.id, principal.client_id, set(principal.roles)) == (
         "ada",
         "web",
         {"comp-ai:user"},

@@ -60,7 +60,7 @@ async def test_fetched_token_is_good(http: httpx.AsyncClient, credentials: tuple
     principal = await verifier(http).verify(await fetch_token(endpoint, *credentials, http))
     assert principal.id == "service-account-comp-ai-service"
     assert principal.kind is PrincipalKind.SERVICE
-    assert principal.permissions == {Permission.USER}
+    assert principal.roles == {Permission.USER}
 
 
 async def test_minted_token_is_good(http: httpx.AsyncClient, folder: Path) -> None:
@@ -74,8 +74,7 @@ async def test_minted_token_is_good(http: httpx.AsyncClient, folder: Path) -> No
     )
     principal = await verifier(http).verify(token)
     assert (principal.id, principal.kind) == ("ada", PrincipalKind.USER)
-    assert principal.permissions == {Permission.ADMIN}
-    assert principal.models == {"small"}
+    assert principal.roles == {"comp-ai:admin", "comp-ai:model:small"}
 
 
 async def test_form_credentials_and_answer(
