@@ -50,13 +50,19 @@ class Provider:
 
 
 @contextmanager
-def running_provider() -> Iterator[Provider]:
-    """Run a provider until the block ends."""
+def running_provider(
+    callback: str = CALLBACK, *, asks_for_name: bool = False
+) -> Iterator[Provider]:
+    """Run a provider until the block ends; browsers are sent back to `callback`.
+
+    Who signs in there is `ada`, or whoever he says where it asks for a name.
+    """
     subprocess.run([PROJECT / ".ci" / "oidc-provider", sys.executable], check=True)
     [port] = pick_free(1)
     program = PROJECT / "tests" / "oidc_provider" / "provider.mjs"
     process = subprocess.Popen(
-        [NODE, program, str(port), json.dumps(_clients())], stderr=subprocess.DEVNULL
+        [NODE, program, str(port), json.dumps(_clients(callback)), *["ask"] * asks_for_name],
+        stderr=subprocess.DEVNULL,
     )
     provider = Provider(f"http://127.0.0.1:{port}", process)
     try:
@@ -66,11 +72,11 @@ def running_provider() -> Iterator[Provider]:
         provider.stop()
 
 
-def _clients() -> list[dict[str, Any]]:
+def _clients(callback: str) -> list[dict[str, Any]]:
     service = {"grant_types": ["client_credentials"], "redirect_uris": [], "response_types": []}
     browser = {
         "grant_types": ["authorization_code", "refresh_token"],
-        "redirect_uris": [CALLBACK],
+        "redirect_uris": [callback],
         "response_types": ["code"],
     }
     scope = "openid offline_access comp-ai:user"
