@@ -11,6 +11,7 @@ from serve_app.accounts.retention.policy import DataClass, RetentionPolicy
 from serve_app.accounts.retention.task import retention_task
 from serve_app.accounts.upkeep import Upkeep
 from serve_app.settings import Settings
+from serve_app.usage.folding import usage_tasks
 
 
 def build_upkeep(settings: Settings, retention: RetentionPolicy) -> Upkeep:
@@ -19,6 +20,7 @@ def build_upkeep(settings: Settings, retention: RetentionPolicy) -> Upkeep:
     tasks = [
         partitions_task(metrics),
         retention_task(retention, metrics),
+        *usage_tasks(),
     ]
     return Upkeep(settings.postgres, tasks, metrics)
 

@@ -64,6 +64,7 @@ class RequestRecord:
     finish_reason: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cost_micros: int = 0
     auth_ms: float | None = None
     limits_ms: float | None = None
     queue_ms: float | None = None
@@ -79,10 +80,11 @@ class RequestRecord:
     def to_json(self) -> bytes:
         """Return the record as JSON, the form in which the spool keeps it.
 
-        What is not known is left out: so the release before, after a rollback, takes most
-        records that were spooled here, though it lacks a field.
+        What stands as it would without being named is left out: so the release before, after
+        a rollback, takes most records that were spooled here, though it lacks a field.
         """
-        return orjson.dumps({n: v for n, v in asdict(self).items() if v is not None})
+        usual = {f.name: f.default for f in fields(self)}
+        return orjson.dumps({n: v for n, v in asdict(self).items() if v != usual[n]})
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:

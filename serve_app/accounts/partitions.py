@@ -10,7 +10,6 @@ from serve_app.accounts.upkeep import Task
 from serve_app.sql import named_queries
 
 EVERY_S = 3600.0
-PARTITIONED = ("requests", "request_bodies")
 
 
 class PartitionMetrics(Protocol):
@@ -29,8 +28,7 @@ def partitions_task(metrics: PartitionMetrics) -> Task:
     queries = named_queries("serve_app.accounts", "upkeep.sql")
 
     async def tell(connection: asyncpg.Connection) -> None:
-        months = await connection.fetchval(queries["months_ahead"], list(PARTITIONED))
-        metrics.partitions_ahead(months)
+        metrics.partitions_ahead(await connection.fetchval(queries["months_ahead"]))
 
     async def run(connection: asyncpg.Connection) -> None:
         try:

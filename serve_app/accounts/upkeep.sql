@@ -17,13 +17,13 @@ select set_config('statement_timeout', $1, false);
 
 -- name: ensure_partitions
 -- This month and the next two, in UTC.
-select comp_ai.ensure_request_partitions((now() at time zone 'UTC')::date, 3);
+select comp_ai.ensure_partitions((now() at time zone 'UTC')::date, 3);
 
 -- name: months_ahead
--- How many months after this one have their partition of every table in $1, without a gap.
+-- How many months after this one have their partition of every table, without a gap.
 select coalesce(min(ahead) - 1, 12)
 from generate_series(0, 12) as ahead
-cross join unnest($1::text[]) as parent
+cross join comp_ai.partitioned_tables() as parent
 where to_regclass(format(
     'comp_ai.%I',
     parent || to_char((now() at time zone 'UTC') + make_interval(months => ahead), '"_y"YYYY"m"MM')

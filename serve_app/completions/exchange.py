@@ -142,6 +142,7 @@ class Exchange:
             finish_reason=self.finish_reason,
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
+            cost_micros=self.spent().cost_micros,
             auth_ms=_ms(self.timings.auth_s),
             limits_ms=_ms(self.timings.limits_s),
             queue_ms=_ms(self.timings.queue_s),

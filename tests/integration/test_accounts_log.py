@@ -78,6 +78,7 @@ def _full_record() -> RequestRecord:
         finish_reason="stop",
         prompt_tokens=11,
         completion_tokens=22,
+        cost_micros=33,
         auth_ms=0.25,
         limits_ms=0.5,
         queue_ms=1.5,

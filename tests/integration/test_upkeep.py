@@ -185,7 +185,7 @@ async def test_partitions_are_made_ahead(
     async with _upkeep(database, task) as (_, of_upkeep):
         await of_upkeep.until(lambda: "partitions" in of_upkeep.done)
     assert metrics.ahead == [2]
-    for parent in ("requests", "request_bodies"):
+    for parent in ("requests", "request_bodies", "usage_minute", "usage_hour", "usage_day"):
         count = "select count(*) from pg_inherits where inhparent = ('comp_ai.' || $1)::regclass"
         assert await connection.fetchval(count, parent) == 4  # three months and the default
 
@@ -195,17 +195,13 @@ async def test_a_month_without_its_partition_is_told(
 ) -> None:
     metrics = Metrics()
     task = partitions_task(metrics)
-    await connection.execute(
-        "alter function comp_ai.ensure_request_partitions rename to no_such_function"
-    )
+    await connection.execute("alter function comp_ai.ensure_partitions rename to no_such_function")
     async with _upkeep(database, task) as (_, of_upkeep):
         await of_upkeep.until(lambda: of_upkeep.failed != [])
     assert metrics.ahead[0] == -1
+    await connection.execute("alter function comp_ai.no_such_function rename to ensure_partitions")
     await connection.execute(
-        "alter function comp_ai.no_such_function rename to ensure_request_partitions"
-    )
-    await connection.execute(
-        "select comp_ai.ensure_request_partitions((now() at time zone 'UTC')::date, 1)"
+        "select comp_ai.ensure_partitions((now() at time zone 'UTC')::date, 1)"
     )
     await replace(task, every_s=1.0).run(connection)
     assert metrics.ahead[-1] == 2

@@ -11,7 +11,7 @@ import pytest
 from serve_app.completions.exchange import Exchange, Timings
 from serve_app.completions.kinds import Kind
 from serve_app.completions.sse import Usage
-from serve_app.config import Bodies
+from serve_app.config import Bodies, ModelEntry
 from serve_app.contracts import LeaseGrant
 from serve_app.errors import (
     AuthenticationFailed,
@@ -89,6 +89,19 @@ def test_first_reason_stays() -> None:
     one.fail(RateLimited())
     one.fail(EngineFailed())
     assert one.status == 429
+
+
+def test_the_record_says_what_it_cost() -> None:
+    priced = ModelEntry(
+        name="m",
+        app="m",
+        price_per_million_prompt_tokens=0.5,
+        price_per_million_completion_tokens=2,
+    )
+    one = exchange(priced=priced, usage=Usage(3, 4))
+    one.frames = 4
+    assert record(one).cost_micros == one.spent().cost_micros == 10  # 9.5, rounded up
+    assert record(exchange(usage=Usage(3, 4))).cost_micros == 0
 
 
 def test_principal_is_noted() -> None:

@@ -35,6 +35,7 @@ records = st.builds(
     finish_reason=st.none() | _text,
     prompt_tokens=_tokens,
     completion_tokens=_tokens,
+    cost_micros=_tokens,
     auth_ms=_ms,
     limits_ms=_ms,
     queue_ms=_ms,
