@@ -6,7 +6,7 @@
 -- always the folded and the pending together.
 
 alter table comp_ai.requests
-    add column cost_micros bigint not null default 0 check (cost_micros >= 0),
+    add column cost_micros bigint not null default 0,
     add column counted boolean not null default false;
 -- From here on: the rows that are there keep false, without being written anew.
 alter table comp_ai.requests alter column counted set default true;
