@@ -72,6 +72,33 @@ class ServiceSettings(_Settings):
         alias="COMP_AI_METRICS_PORT",
         description="Port on which Ray exports metrics for Prometheus.",
     )
+    ray_head: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9._-]+:[0-9]{1,5}$",
+        alias="COMP_AI_RAY_HEAD",
+        description="Host and port of the Ray head that `comp-ai worker` joins.",
+    )
+    ray_token: SecretStr | None = Field(
+        default=None,
+        alias="COMP_AI_RAY_TOKEN",
+        description="Token of the Ray cluster, for `comp-ai head` and `comp-ai worker`: the same "
+        "on every node. At least 32 characters.",
+        min_length=32,
+    )
+    node_address: str | None = Field(
+        default=None,
+        alias="COMP_AI_NODE_ADDRESS",
+        description="Address by which other nodes and Prometheus reach this one, for "
+        "`comp-ai head` and `comp-ai worker`; Ray finds it out where it is not set.",
+    )
+    drain_s: float = Field(
+        default=660.0,
+        ge=0,
+        le=24 * 3600.0,
+        alias="COMP_AI_DRAIN_S",
+        description="How long `comp-ai head` and `comp-ai worker` let requests finish when they "
+        "are told to stop. Above the gateway's `deadline_s`.",
+    )
     model_path: Path | None = Field(
         default=None,
         alias="COMP_AI_MODEL_PATH",

@@ -84,6 +84,29 @@ def up(
     raise typer.Exit(_run(run_up(settings, config or DEFAULT_CONFIG, Console(stderr=True))))
 
 
+ConfigOption = Annotated[Path, typer.Option(help="Serve config YAML.")]
+
+
+@app.command()
+def head(config: ConfigOption) -> None:
+    """Be the head of the cluster: start Ray, deploy the config, serve until told to stop."""
+    from rich.console import Console
+
+    from serve_app.stack.node import run_head
+
+    raise typer.Exit(_run(run_head(_settings(), config, Console(stderr=True))))
+
+
+@app.command()
+def worker() -> None:
+    """Join the cluster of the head at COMP_AI_RAY_HEAD until told to stop."""
+    from rich.console import Console
+
+    from serve_app.stack.node import run_worker
+
+    raise typer.Exit(_run(run_worker(_settings(), Console(stderr=True))))
+
+
 @app.command()
 def status(as_json: JsonOption = False) -> None:
     """Say what runs; exit code 1 if no completion can be served now."""

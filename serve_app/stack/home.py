@@ -127,6 +127,10 @@ class Home:
             return None
         return None
 
+    def keep_ray_token(self, token: str) -> None:
+        """Write down the cluster's token where Ray reads it."""
+        write_secret(self.ray_token, token)
+
     def make_ray_token(self) -> str:
         """Return the cluster's token, making it at the first start."""
         with suppress(FileNotFoundError):

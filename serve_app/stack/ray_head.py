@@ -1,4 +1,4 @@
-"""The Ray head of one machine, by its command line: we are no part of the cluster.
+"""Ray on one machine, head or worker, by its command line: we are no part of the cluster.
 
 `ray stop` is never used: it ends every Ray on the machine. Ours is a tree of processes below
 `ray start --block`, and is ended as one.
@@ -28,17 +28,24 @@ _OBJECT_STORE_BYTES = 256 * 1024 * 1024
 # a fraction, and a small machine may have a second model, added while the first one runs.
 _LEAST_CPUS = 4
 _SESSIONS_KEPT = 3
+_STOP_S = 20.0
 # Another cluster of this machine must not be joined by accident.
 _DROPPED = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayHead:
-    """How to start the head, and where it answers."""
+    """How to start the head, and where it answers.
+
+    `node_address` is by what other nodes reach it; Ray finds that out where it is None.
+    `dashboard_host` is what the dashboard listens on.
+    """
 
     home: Home
     service: ServiceSettings
     project: Path
+    node_address: str | None = _HOST
+    dashboard_host: str = _HOST
 
     @property
     def dashboard(self) -> str:
@@ -57,14 +64,14 @@ class RayHead:
             CompAIError: Ray is not installed.
         """
         self.home.make_ray_token()
-        self._drop_old_sessions()
+        _drop_old_sessions(self.home)
         return ProcessSpec(
             name="ray",
             command=self._command(),
             log=self.home.logs / "ray.log",
             env={**self.environment(os.environ), **extra},
             stop_signal=signal.SIGTERM,
-            stop_timeout_s=20.0,
+            stop_timeout_s=_STOP_S,
             # Everything of Serve goes with the head: a new one would serve nothing.
             restart=False,
             # On a busy machine Ray gives up after 30 s, which cannot be set.
@@ -73,61 +80,121 @@ class RayHead:
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
         """Return the environment of the head, which its workers inherit."""
-        env = {name: value for name, value in base.items() if name not in _DROPPED}
-        path = [str(self.project), *filter(None, [env.get("PYTHONPATH")])]
-        return env | {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self.home.ray_token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            # When the head is told to stop, the applications are drained and gone.
-            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-            # More than twice the leases a second, at half the gateway's CPU time.
-            "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-            # With a loop of its own for the router, Serve's proxy takes whatever an answer has,
-            # and keeps it: a client that does not read would not hold anything back.
-            "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-            # Its default of 4 MiB would lose long answers, and the records of them.
-            "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
-            # What Serve answers by itself comes in OpenAI's form, too.
-            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy:middlewares",
-            # Ray's workers are the service here: at its default, 15, every other process of
-            # the machine goes before the engine and the gateway.
-            "RAY_worker_niceness": env.get("RAY_worker_niceness", "0"),
-            # Without a bound vLLM takes a large share of the memory for its cache.
-            "VLLM_CPU_KVCACHE_SPACE": env.get("VLLM_CPU_KVCACHE_SPACE", "1"),
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": env.get("HF_HUB_OFFLINE", "1"),
-            "PYTHONPATH": os.pathsep.join(path),
-            "COMP_AI_HOME": str(self.home.path),
-            "COMP_AI_MODEL_PATH": str(self.service.models_path),
-        }
+        # When the head is told to stop, the applications are drained and gone.
+        drained = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+        return node_environment(base, self.home, self.service, self.project) | drained
 
     def _command(self) -> list[str]:
         # Two fixed defaults of Ray (10001 and 52365) would meet those of another cluster.
         client_port, agent_port = pick_free(2)
         flags: dict[str, object] = {
-            "node-ip-address": _HOST,
+            **_address_flag(self.node_address),
             "port": self.service.ray_port,
             "ray-client-server-port": client_port,
             "dashboard-agent-listen-port": agent_port,
             "min-worker-port": 0,
             "max-worker-port": 0,
             "include-dashboard": "true",
-            "dashboard-host": _HOST,
+            "dashboard-host": self.dashboard_host,
             "dashboard-port": self.service.dashboard_port,
             "metrics-export-port": self.service.metrics_port,
-            "num-cpus": max(_LEAST_CPUS, len(os.sched_getaffinity(0))),
-            "object-store-memory": _OBJECT_STORE_BYTES,
             "temp-dir": self.home.ray_temp,
-            "log-style": "record",
+            **_node_flags(),
         }
-        options = [f"--{name}={value}" for name, value in flags.items()]
-        return [str(_executable()), "start", "--head", "--block", "--disable-usage-stats", *options]
+        return _start_command(flags, "--head")
 
-    def _drop_old_sessions(self) -> None:
-        sessions = sorted(self.home.ray_temp.glob("session_2*"), key=lambda path: path.name)
-        for session in sessions[: -_SESSIONS_KEPT + 1]:
-            shutil.rmtree(session, ignore_errors=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayWorker:
+    """How to start a node that joins the head at `head`, as host and port."""
+
+    home: Home
+    service: ServiceSettings
+    project: Path
+    head: str
+
+    def spec(self, drain_s: float) -> ProcessSpec:
+        """Return the process to supervise; told to stop, it lets replicas finish for `drain_s`.
+
+        Raises:
+            CompAIError: Ray is not installed.
+        """
+        _drop_old_sessions(self.home)
+        drained = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": f"{drain_s:g}"}
+        environment = node_environment(os.environ, self.home, self.service, self.project)
+        return ProcessSpec(
+            name="ray",
+            command=self._command(),
+            log=self.home.logs / "ray.log",
+            env=environment | drained,
+            stop_timeout_s=drain_s + _STOP_S,
+            # The head may not be there yet, or be away: try again until it is.
+            restart=True,
+        )
+
+    def _command(self) -> list[str]:
+        flags: dict[str, object] = {
+            **_address_flag(self.service.node_address),
+            "address": self.head,
+            "metrics-export-port": self.service.metrics_port,
+            **_node_flags(),
+        }
+        return _start_command(flags)
+
+
+def _address_flag(address: str | None) -> dict[str, object]:
+    return {} if address is None else {"node-ip-address": address}
+
+
+def _node_flags() -> dict[str, object]:
+    return {
+        "num-cpus": max(_LEAST_CPUS, len(os.sched_getaffinity(0))),
+        "object-store-memory": _OBJECT_STORE_BYTES,
+        "log-style": "record",
+    }
+
+
+def _start_command(flags: Mapping[str, object], *role: str) -> list[str]:
+    options = [f"--{name}={value}" for name, value in flags.items()]
+    return [str(_executable()), "start", *role, "--block", "--disable-usage-stats", *options]
+
+
+def node_environment(
+    base: Mapping[str, str], home: Home, service: ServiceSettings, project: Path
+) -> dict[str, str]:
+    """Return the environment of any node of the cluster: token, flags of Ray, folders."""
+    env = {name: value for name, value in base.items() if name not in _DROPPED}
+    path = [str(project), *filter(None, [env.get("PYTHONPATH")])]
+    return env | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(home.ray_token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # More than twice the leases a second, at half the gateway's CPU time.
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+        # With a loop of its own for the router, Serve's proxy takes whatever an answer has,
+        # and keeps it: a client that does not read would not hold anything back.
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        # Its default of 4 MiB would lose long answers, and the records of them.
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
+        # What Serve answers by itself comes in OpenAI's form, too.
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy:middlewares",
+        # Ray's workers are the service here: at its default, 15, every other process of
+        # the machine goes before the engine and the gateway.
+        "RAY_worker_niceness": env.get("RAY_worker_niceness", "0"),
+        # Without a bound vLLM takes a large share of the memory for its cache.
+        "VLLM_CPU_KVCACHE_SPACE": env.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": env.get("HF_HUB_OFFLINE", "1"),
+        "PYTHONPATH": os.pathsep.join(path),
+        "COMP_AI_HOME": str(home.path),
+        "COMP_AI_MODEL_PATH": str(service.models_path),
+    }
+
+
+def _drop_old_sessions(home: Home) -> None:
+    sessions = sorted(home.ray_temp.glob("session_2*"), key=lambda path: path.name)
+    for session in sessions[: -_SESSIONS_KEPT + 1]:
+        shutil.rmtree(session, ignore_errors=True)
 
 
 def _executable() -> Path:

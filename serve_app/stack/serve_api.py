@@ -30,8 +30,8 @@ class ServeAway(CompAIError):
     """Serve's deploy API does not answer."""
 
 
-def read_config(path: Path, *, port: int) -> dict[str, Any]:
-    """Read a Serve config YAML; the port of the HTTP proxy is ours, behind nginx.
+def read_config(path: Path, *, port: int, host: str = "127.0.0.1") -> dict[str, Any]:
+    """Read a Serve config YAML; where the HTTP proxy listens is ours to say, behind nginx.
 
     Raises:
         ConfigError: the file cannot be read or is not a Serve config.
@@ -44,7 +44,7 @@ def read_config(path: Path, *, port: int) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("applications"), list):
         raise ConfigError("--config", str(path), "a Serve config YAML with `applications`")
     options = config.get("http_options") or {}
-    return config | {"http_options": options | {"host": "127.0.0.1", "port": port}}
+    return config | {"http_options": options | {"host": host, "port": port}}
 
 
 class ServeApi:

