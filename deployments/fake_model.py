@@ -47,5 +47,9 @@ class FakeModel(Leasing):
         """Fail if the HTTP server is dead, so that Serve replaces the replica."""
         self.check_door()
 
+    async def __del__(self) -> None:
+        """Called by Serve when the replica stops."""
+        await self.close_door()
+
     async def _abort(self, slot: Slot) -> None:
         self._engine.abort(slot.request_id)

@@ -9,12 +9,16 @@ import ray
 from ray import serve
 from starlette.types import ASGIApp
 
+from deployments.counts_teller import CountsTeller
 from serve_app.contracts import LeaseGrant, LeaseHint
+from serve_app.engine_counters import EngineCounters
 from serve_app.replica import Abort, LeaseBook, LeaseDoor, ReplicaServer
 
 
 class Leasing:
     """Mixin of a deployment class that serves an ASGI app under leases."""
+
+    _teller: CountsTeller | None = None
 
     async def open_door(self, app: ASGIApp, abort: Abort) -> None:
         """Serve `app` behind a lease door on this node. Raises OSError if it cannot bind."""
@@ -22,6 +26,18 @@ class Leasing:
         door = LeaseDoor(app, self._leases, abort)
         self._http = ReplicaServer(door, ray.util.get_node_ip_address())
         await self._http.start()
+        self._teller = CountsTeller(model_name(), self.engine_counters)
+        self._teller.start()
+
+    async def close_door(self) -> None:
+        """Tell the last counts; what still runs is Serve's to wait for."""
+        # There is none where the start failed.
+        if self._teller is not None:
+            await self._teller.close()
+
+    async def engine_counters(self) -> EngineCounters:
+        """Return what the engine of this replica counted since it started."""
+        raise NotImplementedError
 
     async def lease(self, _hint: LeaseHint) -> AsyncIterator[LeaseGrant]:
         """Yield a grant once, then hold it until Ray cancels this call.
@@ -45,6 +61,11 @@ class Leasing:
     def live_leases(self) -> int:
         """Leases that are held now."""
         return len(self._leases)
+
+
+def model_name() -> str:
+    """Return the name of the model that this replica is of."""
+    return str(serve.get_replica_context().deployment).removeprefix("Model:")
 
 
 def replica_id() -> str:

@@ -160,6 +160,11 @@ class Model(Leasing, LLMServer):
         self.check_door()
         self._check_progress()
 
+    async def __del__(self) -> None:
+        """Called by Serve when the replica stops."""
+        await self.close_door()
+        await super().__del__()
+
     def check_admission(self) -> None:
         """Refuse leases when the engine is dead; Serve takes a while to replace the replica."""
         if self._engine.errored:

@@ -17,11 +17,13 @@ from ray.util.metrics import Counter, Gauge, Histogram
 
 from deployments.upkeep import build_upkeep
 from serve_app.accounts import request_log
+from serve_app.accounts.drift import EngineCounts, EngineReading
 from serve_app.accounts.request_log import LogConfig, LogStatus
 from serve_app.accounts.retention.policy import RetentionPolicy
 from serve_app.accounts.spool import Spool
 from serve_app.accounts.spool_folders import SpoolFolders
 from serve_app.config import parse_config
+from serve_app.lazy_pool import build_pool
 from serve_app.log_setup import log_as_json
 from serve_app.records import RequestRecord
 from serve_app.settings import load_settings
@@ -147,6 +149,14 @@ class RequestLog:
         # Of several replicas one does it at a time.
         self._upkeep = build_upkeep(settings, self._options.retention)
         self._upkeep.start()
+        self._counts = EngineCounts(
+            build_pool(
+                settings.postgres,
+                application_name="comp-ai engine-counts",
+                max_size=1,
+                name="engine_counts",
+            )
+        )
 
     async def append(self, record: RequestRecord) -> None:
         """Return once `record` is on disk; safe to repeat.
@@ -164,6 +174,10 @@ class RequestLog:
         """Return how the log is."""
         return await self._log.status()
 
+    async def engine_counted(self, reading: EngineReading) -> None:
+        """See `EngineCounts.note`; model replicas tell it now and then."""
+        await self._counts.note(reading)
+
     async def check_health(self) -> None:
         """Raise LogBroken or UpkeepBroken where a part of ours died: Serve then replaces us."""
         self._log.check()
@@ -172,5 +186,6 @@ class RequestLog:
     async def __del__(self) -> None:
         """Called by Serve when the replica stops: move what can be moved, keep the rest."""
         await self._upkeep.close()
+        await self._counts.close()
         await self._log.drain(self._options.drain_timeout_s)
         await self._log.close()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from ray.util.metrics import Counter, Gauge
 
+from serve_app.accounts.drift import drift_task
 from serve_app.accounts.partitions import partitions_task
 from serve_app.accounts.retention.policy import DataClass, RetentionPolicy
 from serve_app.accounts.retention.task import retention_task
@@ -19,6 +21,7 @@ def build_upkeep(settings: Settings, retention: RetentionPolicy) -> Upkeep:
     metrics = RayUpkeepMetrics()
     tasks = [
         partitions_task(metrics),
+        drift_task(metrics),
         retention_task(retention, metrics),
         *usage_tasks(),
     ]
@@ -76,6 +79,12 @@ class RayUpkeepMetrics:
         self._oldest = KeptGauge(
             "comp_ai_oldest_row_age_s", "Age of the oldest row of a class of data, s.", ("data",)
         )
+        self._drift = KeptGauge(
+            "comp_ai_accounting_drift_ratio",
+            "Tokens that the log has too many, as a part of what the engines counted; "
+            "negative where it lacks some.",
+            ("model",),
+        )
 
     def upkeep_succeeded(self, task: str, seconds: float) -> None:
         """See `UpkeepMetrics.upkeep_succeeded`."""
@@ -100,6 +109,12 @@ class RayUpkeepMetrics:
     def oldest_row_age_s(self, data: DataClass, seconds: float) -> None:
         """See `RetentionMetrics.oldest_row_age_s`."""
         self._oldest.set(seconds, data.value)
+
+    def accounting_drift(self, ratios: Mapping[str, float]) -> None:
+        """See `DriftMetrics.accounting_drift`."""
+        self._drift.forget()
+        for model, ratio in ratios.items():
+            self._drift.set(ratio, model)
 
     def upkeep_goes_on(self) -> None:
         """See `UpkeepMetrics.upkeep_goes_on`."""

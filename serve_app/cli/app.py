@@ -32,9 +32,11 @@ app = typer.Typer(
 keys_app = typer.Typer(help="API keys, for programs that have no OpenID Connect.")
 model_app = typer.Typer(help="Model weights.")
 audit_app = typer.Typer(help="The audit log: administrative acts and refusals of permission.")
+log_app = typer.Typer(help="The request log: the accounts on their way and at rest.")
 app.add_typer(keys_app, name="keys", no_args_is_help=True)
 app.add_typer(model_app, name="model", no_args_is_help=True)
 app.add_typer(audit_app, name="audit", no_args_is_help=True)
+app.add_typer(log_app, name="log", no_args_is_help=True)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -300,6 +302,19 @@ def audit_checkpoint(
     from serve_app.cli import audit
 
     raise typer.Exit(_run(audit.take_checkpoint(_postgres(), file)))
+
+
+@log_app.command("drift")
+def log_drift(
+    most: Annotated[
+        float, typer.Option(help="Largest drift that is well, as a part of 1.", min=0)
+    ] = 0.01,
+    as_json: JsonOption = False,
+) -> None:
+    """Hold the tokens in the log against the engines' counters; exit code 1 if they differ."""
+    from serve_app.cli import drift
+
+    raise typer.Exit(_run(drift.show(_postgres(), most, as_json=as_json)))
 
 
 @model_app.command("fetch")
