@@ -23,7 +23,7 @@ async def show(settings: PostgresSettings, most: float, *, as_json: bool) -> int
     elif found:
         _print(found)
     else:
-        typer.echo("no engine was heard of in the last 24 h")
+        typer.echo("no engine has told counts that are old enough to compare")
     return 1 if any(abs(one.ratio) > most for one in found) else 0
 
 
