@@ -18,13 +18,14 @@ from deployments.limits import Limits
 from deployments.metrics import RayBatchMetrics, RayGatewayMetrics
 from deployments.request_log import RequestLog, RequestLogOptions
 from deployments.seams import RayLimitKeeper, RayModelPool, RayRecordSink
+from serve_app.accounts.sealing.master_keys import MasterKeys
 from serve_app.audit.policy import PolicyJournal
 from serve_app.batches.runner import BatchRunner
 from serve_app.completions import gateway
 from serve_app.completions.body import Defaults
 from serve_app.completions.parts import Parts
 from serve_app.completions.upstream import new_session
-from serve_app.config import GatewayConfig, WhenLogFull, parse_config
+from serve_app.config import Bodies, GatewayConfig, WhenLogFull, parse_config
 from serve_app.errors import ConfigError
 from serve_app.http_app import Check, create_app
 from serve_app.identity.authenticator import build_authenticator
@@ -100,6 +101,7 @@ class Gateway:
             ),
             defaults=Defaults(settings.service.max_tokens, settings.service.temperature),
         )
+        self._masters = MasterKeys.of(settings.sealing)
         self._sweeper = Sweeper(self._parts.database)
         self._sweeper.start()
         self._journal = PolicyJournal(self._parts.database)
@@ -109,6 +111,8 @@ class Gateway:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over the policy in `user_config`. Raises ConfigError where it is wrong."""
         config = parse_config(GatewayConfig, user_config, "user_config")
+        if config.bodies is not Bodies.NONE:
+            self._masters.require(f"a key, as `bodies` is {config.bodies}")
         if self._gateway is None:
             self._gateway = gateway.Gateway(config, self._parts)
             self._batches = BatchRunner(self._gateway, RayBatchMetrics())

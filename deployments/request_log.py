@@ -20,8 +20,11 @@ from serve_app.accounts import request_log
 from serve_app.accounts.drift import EngineCounts, EngineReading
 from serve_app.accounts.request_log import LogConfig, LogStatus
 from serve_app.accounts.retention.policy import RetentionPolicy
+from serve_app.accounts.sealing.master_keys import MasterKeys
+from serve_app.accounts.sealing.subject_keys import SubjectKeys
 from serve_app.accounts.spool import Spool
 from serve_app.accounts.spool_folders import SpoolFolders
+from serve_app.accounts.spooled import SpooledForm
 from serve_app.config import parse_config
 from serve_app.lazy_pool import build_pool
 from serve_app.log_setup import log_as_json
@@ -128,9 +131,11 @@ class RequestLog:
         log_as_json(sys.stdout)
         self._options = parse_config(RequestLogOptions, options or {}, "request_log")
         settings = load_settings()
+        masters = MasterKeys.of(settings.sealing)
         root = self._options.spool_folder or settings.service.home_path / "spool"
         make = partial(
             Spool,
+            form=SpooledForm(masters),
             lock_timeout_s=0,
             max_bytes=self._options.spool_max_bytes,
             min_free_bytes=self._options.spool_min_free_bytes,
@@ -139,6 +144,7 @@ class RequestLog:
         self._log = request_log.RequestLog(
             spool=await folders.take(),
             postgres=settings.postgres,
+            keys=SubjectKeys(masters),
             metrics=RayLogMetrics(),
             config=LogConfig(
                 batch_rows=self._options.batch_rows, write_timeout_s=self._options.write_timeout_s

@@ -119,8 +119,8 @@ def _of_statement(statement: str) -> Iterator[Effect]:
             yield _of_action(altered["table"], action)
         return
     for pattern, lock, work in _STATEMENTS:
-        if match := re.match(pattern, statement):
-            yield Effect(match["table"], lock, work)
+        if found := re.match(pattern, statement):
+            yield Effect(found["table"], lock, work)
             return
 
 

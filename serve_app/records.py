@@ -74,17 +74,24 @@ class RequestRecord:
     replica_id: str | None = None
     # The permission, or `model:<name>`, that the principal lacks; the client is not told which.
     denied: str | None = None
+    # What the policy keeps of the two texts: none, metadata, redacted or full.
+    bodies: str | None = None
     request_body: str | None = None
     response_text: str | None = None
 
-    def to_json(self) -> bytes:
-        """Return the record as JSON, the form in which the spool keeps it.
+    @property
+    def has_texts(self) -> bool:
+        """Whether something of prompt or answer is kept."""
+        return self.request_body is not None or self.response_text is not None
+
+    def to_json(self, **more: Any) -> bytes:
+        """Return the record as JSON, with the fields `more` beside its own.
 
         What stands as it would without being named is left out: so the release before, after
         a rollback, takes most records that were spooled here, though it lacks a field.
         """
         usual = {f.name: f.default for f in fields(self)}
-        return orjson.dumps({n: v for n, v in asdict(self).items() if v != usual[n]})
+        return orjson.dumps({n: v for n, v in asdict(self).items() if v != usual[n]} | more)
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
@@ -93,7 +100,15 @@ class RequestRecord:
         Raises:
             ValueError: if `data` is not such a record.
         """
-        raw: dict[str, Any] = orjson.loads(data)
+        return cls.from_dict(orjson.loads(data))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
+        """Rebuild a record from the object that `to_json` writes.
+
+        Raises:
+            ValueError: if `raw` is not such a record.
+        """
         unknown = raw.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown record fields: {sorted(unknown)}")

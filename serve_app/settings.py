@@ -281,12 +281,24 @@ class OidcSettings(_Settings):
         return None if self.discovery_url is None else str(self.discovery_url)
 
 
+class SealingSettings(_Settings):
+    """With what the texts of requests are encrypted at rest."""
+
+    master_key: SecretStr | None = Field(
+        default=None,
+        alias="COMP_AI_MASTER_KEY",
+        description="One key or more, each the base64 of 32 bytes, with lines or commas between: "
+        "the first wraps the keys of subjects, the others still open what they wrapped.",
+    )
+
+
 class Settings(_Settings):
     """All settings of one process."""
 
     service: ServiceSettings = ServiceSettings()
     postgres: PostgresSettings = PostgresSettings()
     oidc: OidcSettings = OidcSettings()
+    sealing: SealingSettings = SealingSettings()
     further_issuers: tuple[LoadedIssuer, ...] = ()
 
 
@@ -294,6 +306,7 @@ GROUPS: dict[str, type[BaseModel]] = {
     "service": ServiceSettings,
     "postgres": PostgresSettings,
     "oidc": OidcSettings,
+    "sealing": SealingSettings,
 }
 
 
@@ -309,6 +322,7 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         service=_load(ServiceSettings, env),
         postgres=_load(PostgresSettings, env),
         oidc=oidc,
+        sealing=_load(SealingSettings, env),
         further_issuers=_load_issuers(oidc, env),
     )
 

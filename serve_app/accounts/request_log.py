@@ -22,8 +22,12 @@ import asyncpg
 from serve_app.accounts import writer
 from serve_app.accounts.adoption import Adoption
 from serve_app.accounts.metrics import LogMetrics
+from serve_app.accounts.sealing.aead import SealBroken
+from serve_app.accounts.sealing.master_keys import MasterKeyMissing, NoMasterKey
+from serve_app.accounts.sealing.subject_keys import SubjectKeys
 from serve_app.accounts.spool import Spool, SpooledRow
 from serve_app.accounts.spool_folders import SpoolFolders
+from serve_app.accounts.spooled import SpooledForm
 from serve_app.database import CONNECT_ERRORS, DatabaseUnavailable, connect
 from serve_app.errors import CompAIError, LogUnavailable
 from serve_app.records import RequestRecord
@@ -31,8 +35,17 @@ from serve_app.settings import PostgresSettings
 
 _logger = logging.getLogger(__name__)
 
-# A spool that refuses (disk full) is an outage like PostgreSQL's: wait and try again.
-_OUTAGES = (*CONNECT_ERRORS, asyncpg.InternalClientError, DatabaseUnavailable, LogUnavailable)
+# What says that a text cannot be sealed or opened with the keys that are there.
+_SEAL_ERRORS = (NoMasterKey, MasterKeyMissing, SealBroken)
+# A spool that refuses (disk full) is an outage like PostgreSQL's: wait and try again. So is a
+# master key that is missing: the operator has it, and until then the records are safe here.
+_OUTAGES = (
+    *CONNECT_ERRORS,
+    asyncpg.InternalClientError,
+    DatabaseUnavailable,
+    LogUnavailable,
+    *_SEAL_ERRORS,
+)
 
 
 class LogBroken(CompAIError):
@@ -85,11 +98,13 @@ class RequestLog:
         *,
         spool: Spool,
         postgres: PostgresSettings,
+        keys: SubjectKeys,
         metrics: LogMetrics,
         config: LogConfig | None = None,
         folders: SpoolFolders | None = None,
     ) -> None:
         self._spool = spool
+        self._keys = keys
         self._postgres = postgres
         self._metrics = metrics
         self._config = config or LogConfig()
@@ -283,10 +298,11 @@ class RequestLog:
     async def _move(
         self, connection: asyncpg.Connection, spool: Spool, rows: list[SpooledRow]
     ) -> None:
-        records, poison = _decode(rows)
+        # In a thread: texts are opened here, and meanwhile appends must not wait.
+        records, poison = await asyncio.to_thread(_decode, rows, spool.form)
         started = time.monotonic()
         with self._limit(connection):
-            report = await writer.write(connection, records)
+            report = await writer.write(connection, records, self._keys)
         self._note_write(time.monotonic() - started, report.written)
         poison += report.poison
         if poison:
@@ -385,12 +401,16 @@ class RequestLog:
         self._gauged = depth
 
 
-def _decode(rows: list[SpooledRow]) -> tuple[list[RequestRecord], list[tuple[uuid.UUID, str]]]:
+def _decode(
+    rows: list[SpooledRow], form: SpooledForm
+) -> tuple[list[RequestRecord], list[tuple[uuid.UUID, str]]]:
     records: list[RequestRecord] = []
     poison: list[tuple[uuid.UUID, str]] = []
     for row in rows:
         try:
-            records.append(RequestRecord.from_json(row.data))
+            records.append(form.read(row.data))
         except ValueError as error:  # of another release, or damaged
             poison.append((row.id, f"not a record of this release: {type(error).__name__}"))
+        except _SEAL_ERRORS as error:
+            poison.append((row.id, f"its texts do not open: {type(error).__name__}"))
     return records, poison

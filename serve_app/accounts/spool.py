@@ -12,10 +12,11 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from serve_app.accounts.spooled import SpooledForm
 from serve_app.errors import LogUnavailable
 from serve_app.group_commit import GroupCommit
 from serve_app.records import RequestRecord
@@ -70,7 +71,7 @@ select id, ?, data from poison order by seq on conflict (id) do nothing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpooledRow:
-    """One row of the spool; `data` is the JSON of its record."""
+    """One row of the spool; `data` is its record, as `SpooledForm` writes it."""
 
     id: uuid.UUID
     data: bytes
@@ -101,6 +102,7 @@ class Spool(GroupCommit):
         self,
         folder: Path,
         *,
+        form: SpooledForm,
         lock_timeout_s: float = 30.0,
         max_bytes: int | None = None,
         min_free_bytes: int = 0,
@@ -114,6 +116,7 @@ class Spool(GroupCommit):
             lock_timeout_s=lock_timeout_s,
             max_bytes=max_bytes,
         )
+        self.form = form
         self._emptied = False  # set on the loop, taken by the thread
         self._admit_bytes = None if max_bytes is None else int(max_bytes * _ADMIT_SHARE)
         self._min_free_bytes = min_free_bytes
@@ -125,10 +128,10 @@ class Spool(GroupCommit):
         A record handed over is written even if the task that waits here is cancelled.
 
         Raises:
-            LogUnavailable: this record is not known to be on disk (disk full, I/O error, or
-                the spool is closed). Other appends are not affected.
+            LogUnavailable: this record is not known to be on disk (disk full, I/O error, the
+                spool is closed, or there is no key to seal it). Other appends are not affected.
         """
-        row = (record.id.bytes, time.time(), _encode(record))
+        row = (record.id.bytes, time.time(), self.form.write(record))
         try:
             await self._do(lambda connection: connection.execute(_INSERT, row).rowcount)
         except LogUnavailable:
@@ -204,22 +207,6 @@ class Spool(GroupCommit):
         if self._emptied:
             self._emptied = False
             _shrink(connection)
-
-
-def _encode(record: RequestRecord) -> bytes:
-    try:
-        return record.to_json()
-    except TypeError:
-        pass  # a lone surrogate, which JSON lets a client write and UTF-8 cannot hold
-    texts: dict[str, Any] = {
-        field.name: value.encode("utf-8", "replace").decode("utf-8")
-        for field in fields(record)
-        if type(value := getattr(record, field.name)) is str
-    }
-    try:
-        return replace(record, **texts).to_json()
-    except TypeError as error:
-        raise LogUnavailable from error
 
 
 def _read_batch(connection: sqlite3.Connection, limit: int, max_bytes: int) -> list[SpooledRow]:

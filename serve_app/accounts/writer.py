@@ -3,6 +3,7 @@
 A batch is copied into staging tables and inserted from there in one transaction, with
 `on conflict do nothing`: repeating a batch after a lost answer adds nothing. The refusals of a
 permission among them go into the audit log in the same transaction, so each is there once too.
+Texts are sealed in that transaction, too, with keys that nobody destroys before it ends.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any
 
 import asyncpg
 
+from serve_app.accounts.bodies import text_of
 from serve_app.accounts.queries import queries
+from serve_app.accounts.sealing.subject_keys import SubjectKeys
 from serve_app.audit.log import AuditLog
 from serve_app.audit.refusals import refusal_act
 from serve_app.records import RequestRecord
 
-_BODY_COLUMNS = ("id", "created_at", "request_body", "response_text")
+_BODY_COLUMNS = ("id", "created_at", "key_id", "sealed")
 _COLUMNS = tuple(
     f.name for f in fields(RequestRecord) if f.name not in ("request_body", "response_text")
 )
@@ -55,7 +58,9 @@ async def prepare_session(connection: asyncpg.Connection) -> None:
         await connection.execute(_query(name, columns))
 
 
-async def write(connection: asyncpg.Connection, records: Sequence[RequestRecord]) -> WriteReport:
+async def write(
+    connection: asyncpg.Connection, records: Sequence[RequestRecord], keys: SubjectKeys
+) -> WriteReport:
     """Write `records`, each once; name those that PostgreSQL will never take.
 
     A bad row is found by halving the batch, so it costs about 2·log2(n) transactions.
@@ -63,37 +68,49 @@ async def write(connection: asyncpg.Connection, records: Sequence[RequestRecord]
     Raises:
         OSError, asyncpg.PostgresError, asyncpg.InterfaceError: PostgreSQL is away or
             refuses all of them; nothing is known to be written, repeat the batch.
+        NoMasterKey, MasterKeyMissing, SealBroken: texts among them cannot be sealed.
     """
     if not records:
         return WriteReport()
     try:
-        return WriteReport(written=await _write_together(connection, records))
+        return WriteReport(written=await _write_together(connection, records, keys))
     except _ROW_ERRORS as error:
         if len(records) == 1:
             return WriteReport(poison=[(records[0].id, _reason(error))])
     half = len(records) // 2
-    first = await write(connection, records[:half])
-    second = await write(connection, records[half:])
+    first = await write(connection, records[:half], keys)
+    second = await write(connection, records[half:], keys)
     return WriteReport(written=first.written + second.written, poison=first.poison + second.poison)
 
 
-async def _write_together(connection: asyncpg.Connection, records: Sequence[RequestRecord]) -> int:
-    bodies = [_body_row(r) for r in records if (r.request_body, r.response_text) != (None, None)]
+async def _write_together(
+    connection: asyncpg.Connection, records: Sequence[RequestRecord], keys: SubjectKeys
+) -> int:
     async with connection.transaction():
         await connection.copy_records_to_table(
             "staged_requests", columns=_COLUMNS, records=[_row(record) for record in records]
         )
         new = await connection.fetchrow(_query("insert_requests", _COLUMNS))
         assert new is not None
-        if bodies:
-            await connection.copy_records_to_table(
-                "staged_bodies", columns=_BODY_COLUMNS, records=bodies
-            )
-            await connection.execute(_query("insert_bodies", _BODY_COLUMNS))
+        await _write_bodies(connection, [record for record in records if record.has_texts], keys)
         refused = set(new["refused"] or ())
         acts = [refusal_act(record) for record in records if record.id in refused]
         await AuditLog().append_all(connection, acts)
     return int(new["written"])
+
+
+async def _write_bodies(
+    connection: asyncpg.Connection, records: Sequence[RequestRecord], keys: SubjectKeys
+) -> None:
+    if not records:
+        return
+    sealed = await keys.seal(connection, [text_of(record) for record in records])
+    rows = [
+        (record.id, record.created_at, text.key_id, text.sealed)
+        for record, text in zip(records, sealed, strict=True)
+    ]
+    await connection.copy_records_to_table("staged_bodies", columns=_BODY_COLUMNS, records=rows)
+    await connection.execute(_query("insert_bodies", _BODY_COLUMNS))
 
 
 def _query(name: str, columns: tuple[str, ...]) -> str:
@@ -102,10 +119,6 @@ def _query(name: str, columns: tuple[str, ...]) -> str:
 
 def _row(record: RequestRecord) -> tuple[Any, ...]:
     return tuple(_value(record, column) for column in _COLUMNS)
-
-
-def _body_row(record: RequestRecord) -> tuple[Any, ...]:
-    return tuple(_value(record, column) for column in _BODY_COLUMNS)
 
 
 def _value(record: RequestRecord, column: str) -> Any:

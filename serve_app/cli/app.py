@@ -31,10 +31,12 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="API keys, for programs that have no OpenID Connect.")
 model_app = typer.Typer(help="Model weights.")
+master_key_app = typer.Typer(help="The master key, which wraps the keys of subjects.")
 audit_app = typer.Typer(help="The audit log: administrative acts and refusals of permission.")
 log_app = typer.Typer(help="The request log: the accounts on their way and at rest.")
 app.add_typer(keys_app, name="keys", no_args_is_help=True)
 app.add_typer(model_app, name="model", no_args_is_help=True)
+app.add_typer(master_key_app, name="master-key", no_args_is_help=True)
 app.add_typer(audit_app, name="audit", no_args_is_help=True)
 app.add_typer(log_app, name="log", no_args_is_help=True)
 
@@ -263,6 +265,29 @@ def keys_revoke(key: KeyArgument) -> None:
     from serve_app.cli import keys
 
     _run(keys.revoke(_postgres(), key))
+
+
+@master_key_app.command("new")
+def master_key_new() -> None:
+    """Make a new master key and put it before those that there are."""
+    from serve_app.cli import master_key
+    from serve_app.stack.home import Home
+
+    master_key.add_new(Home(_settings().service.home_path))
+
+
+@master_key_app.command("rotate")
+def master_key_rotate() -> None:
+    """Wrap all keys of subjects with the first master key; the texts stay as they are."""
+    import os
+
+    from serve_app.cli import master_key
+    from serve_app.stack.accounts import master_keys_of
+    from serve_app.stack.home import Home
+
+    settings = _settings()
+    masters = master_keys_of(settings, Home(settings.service.home_path), os.environ)
+    _run(master_key.rotate(_postgres(), masters))
 
 
 @audit_app.command("list")

@@ -6,9 +6,11 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from serve_app.accounts.sealing import master_keys
+from serve_app.accounts.sealing.master_keys import MasterKeys
 from serve_app.audit.act import SERVICE_ITSELF, Actor
 from serve_app.database import create_pool, migrate
-from serve_app.errors import IdentityUnavailable
+from serve_app.errors import ConfigError, IdentityUnavailable
 from serve_app.identity.api_keys import ApiKeyStore, KeyTerms, prefix_of
 from serve_app.lazy_pool import LazyPool
 from serve_app.records import utc_now
@@ -50,6 +52,41 @@ def postgres_environment(settings: PostgresSettings, home: Home) -> dict[str, st
         "POSTGRES_DB": settings.database,
         "POSTGRES_SSLMODE": settings.sslmode,
     }
+
+
+def names_master_key(environ: Mapping[str, str]) -> bool:
+    """Tell whether the settings name the master keys; if not, the data folder holds them."""
+    return bool(environ.get(master_keys.SETTING) or environ.get(f"{master_keys.SETTING}_FILE"))
+
+
+def master_key_environment(home: Home, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables by which a replica finds the master keys, making the first one.
+
+    Raises:
+        ConfigError: the file of the data folder holds none.
+    """
+    if names_master_key(environ):
+        return {}
+    if not home.master_key.exists():
+        write_secret(home.master_key, master_keys.new_master_key() + "\n")
+    master_keys_of(Settings(), home, environ)
+    # By file: an environment is easier to read for others than a file is.
+    return {f"{master_keys.SETTING}_FILE": str(home.master_key)}
+
+
+def master_keys_of(settings: Settings, home: Home, environ: Mapping[str, str]) -> MasterKeys:
+    """Return the master keys: of the settings, or of the data folder.
+
+    Raises:
+        ConfigError: there is none, or what is there is none.
+    """
+    if names_master_key(environ):
+        return MasterKeys.of(settings.sealing)
+    try:
+        return MasterKeys.parse(home.master_key.read_text(encoding="ascii"))
+    except (OSError, UnicodeDecodeError):
+        allowed = f"set, or a file {home.master_key}, which the first `comp-ai up` makes"
+        raise ConfigError(master_keys.SETTING, None, allowed) from None
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 <home>/run/up.lock      held while `comp-ai up` runs; holds its process id
 <home>/run/ray-token    the token of the local Ray cluster
 <home>/first-key        the API key that the first start made
+<home>/keys/master.key  the master keys, unless the settings name others
 <home>/logs/            one file for each child process
 <home>/issuer/          key and clients of the local token issuer
 <home>/ray/             Ray's sessions, unless that path is too long for its sockets
@@ -61,6 +62,11 @@ class Home:
         return self.path / "first-key"
 
     @property
+    def master_key(self) -> Path:
+        """File of the master keys."""
+        return self.path / "keys" / "master.key"
+
+    @property
     def ray_token(self) -> Path:
         """File of the Ray cluster's token."""
         return self.run / "ray-token"
@@ -85,7 +91,8 @@ class Home:
         """
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for folder in (self.logs, self.run, self.issuer, self.ray_temp):
+            own = (self.logs, self.run, self.issuer, self.master_key.parent, self.ray_temp)
+            for folder in own:
                 _private_folder(folder)
         except OSError as error:
             raise ConfigError(

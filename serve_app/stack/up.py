@@ -96,6 +96,7 @@ class Stack:
         postgres = await self._prepare_postgres()
         environment = accounts.postgres_environment(postgres, self._home) if self._postgres else {}
         environment |= self._issuer_environment()
+        environment |= accounts.master_key_environment(self._home, os.environ)
         keys = await _together(
             self._start_accounts(),
             self._cluster.start(environment),

@@ -22,6 +22,7 @@ from serve_app.database import connect, migrate
 from serve_app.records import Outcome, PrincipalKind, RequestRecord, new_id, utc_now
 from serve_app.settings import PostgresSettings
 from tests.integration.conftest import MIGRATIONS, PostgresServer
+from tests.sealing import FORM, subject_keys
 
 _TIMEOUT_S = 60.0
 _CONFIG = LogConfig(backoff_first_s=0.01, backoff_most_s=0.1)
@@ -87,6 +88,7 @@ def _full_record() -> RequestRecord:
         duration_ms=900.125,
         replica_id="replica-1",
         denied="model:m",
+        bodies="full",
     )
 
 
@@ -94,7 +96,13 @@ def _full_record() -> RequestRecord:
 async def _log(
     folder: Path, postgres: PostgresSettings, config: LogConfig = _CONFIG
 ) -> AsyncIterator[RequestLog]:
-    log = RequestLog(spool=Spool(folder), postgres=postgres, metrics=Metrics(), config=config)
+    log = RequestLog(
+        spool=Spool(folder, form=FORM),
+        postgres=postgres,
+        keys=subject_keys(),
+        metrics=Metrics(),
+        config=config,
+    )
     await log.start()
     try:
         yield log
@@ -140,8 +148,10 @@ async def test_record_arrives_whole(tmp_path: Path, database: PostgresSettings) 
         database,
         "select * from comp_ai.requests join comp_ai.request_bodies using (id, created_at)",
     )
+    texts = {"request_body": None, "response_text": None}  # they are sealed
     assert {f.name: row[f.name] for f in fields(record)} == {
-        f.name: getattr(record, f.name) for f in fields(record)
+        **{f.name: getattr(record, f.name) for f in fields(record)},
+        **texts,
     }
 
 
@@ -163,7 +173,13 @@ async def test_status_and_metrics_tell_what_happened(
     tmp_path: Path, database: PostgresSettings
 ) -> None:
     metrics = Metrics()
-    log = RequestLog(spool=Spool(tmp_path), postgres=database, metrics=metrics, config=_CONFIG)
+    log = RequestLog(
+        spool=Spool(tmp_path, form=FORM),
+        postgres=database,
+        keys=subject_keys(),
+        metrics=metrics,
+        config=_CONFIG,
+    )
     with pytest.raises(LogBroken, match="not started"):
         log.check()
     await log.start()
@@ -186,14 +202,14 @@ async def test_status_and_metrics_tell_what_happened(
 
 async def test_repeated_batch_adds_nothing(connection: asyncpg.Connection) -> None:
     records = [_record() for _ in range(5)]
-    assert (await writer.write(connection, records)).written == 5
-    again = await writer.write(connection, [*records, _record()])
+    assert (await writer.write(connection, records, subject_keys())).written == 5
+    again = await writer.write(connection, [*records, _record()], subject_keys())
     assert (again.written, again.poison) == (1, [])
     assert await connection.fetchval("select count(*) from comp_ai.request_bodies") == 6
 
 
 async def test_no_bodies_no_body_rows(connection: asyncpg.Connection) -> None:
-    await writer.write(connection, [_record(request_body=None, response_text=None)])
+    await writer.write(connection, [_record(request_body=None, response_text=None)], subject_keys())
     assert await connection.fetchval("select count(*) from comp_ai.requests") == 1
     assert await connection.fetchval("select count(*) from comp_ai.request_bodies") == 0
 
@@ -203,14 +219,11 @@ async def test_nul_and_long_texts_do_not_lose_the_row(connection: asyncpg.Connec
         request_id="r" * 1000,
         model="\x00m" * 1000,
         principal_id="p" * 1000,
-        request_body="a\x00b",
-        response_text="\x00",
         client_address="\x00",
     )
-    assert (await writer.write(connection, [record])).written == 1
+    assert (await writer.write(connection, [record], subject_keys())).written == 1
     row = await connection.fetchrow("select * from comp_ai.requests_plain")
     assert row is not None
-    assert row["request_text"] == "a\N{REPLACEMENT CHARACTER}b"
     assert len(row["model_used"]) == 100
     assert len(row["user_id"]) == 255
 
@@ -229,7 +242,7 @@ async def test_bad_rows_are_named_and_the_others_written(
 ) -> None:
     good = [_record() for _ in range(20)]
     bad = _record(request_body="secret prompt", **change)
-    report = await writer.write(connection, [*good[:7], bad, *good[7:]])
+    report = await writer.write(connection, [*good[:7], bad, *good[7:]], subject_keys())
     assert report.written == 20
     assert report.poison == [(bad.id, reason)]
     assert await connection.fetchval("select count(*) from comp_ai.requests") == 20
@@ -240,7 +253,7 @@ async def test_poison_is_set_aside_and_does_not_block(
 ) -> None:
     bad = _record(prompt_tokens=-1, request_body="secret prompt")
     foreign = _record()
-    spool = Spool(tmp_path)
+    spool = Spool(tmp_path, form=FORM)
     await spool.open()
     await spool.append(foreign)
     data = foreign.to_json().replace(b'"route"', b'"way"')

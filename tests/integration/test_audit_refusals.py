@@ -18,6 +18,7 @@ from serve_app.records import Outcome, PrincipalKind, RequestRecord, new_id, utc
 from serve_app.settings import PostgresSettings
 from tests.integration.conftest import PostgresServer
 from tests.integration.fakes import client, principal, world
+from tests.sealing import FORM, subject_keys
 
 MODELS = [
     {"name": "small", "app": "model-small"},
@@ -42,7 +43,13 @@ class NoLogMetrics:
 
 def log_at(folder: Path, postgres: PostgresSettings, rows: int = 500) -> RequestLog:
     config = LogConfig(backoff_first_s=0.01, backoff_most_s=0.1, batch_rows=rows)
-    return RequestLog(spool=Spool(folder), postgres=postgres, metrics=NoLogMetrics(), config=config)
+    return RequestLog(
+        spool=Spool(folder, form=FORM),
+        postgres=postgres,
+        keys=subject_keys(),
+        metrics=NoLogMetrics(),
+        config=config,
+    )
 
 
 async def drained(folder: Path, postgres: PostgresSettings, records: list[RequestRecord]) -> None:
@@ -134,8 +141,8 @@ async def test_a_repeated_batch_adds_no_second_row(database: PostgresSettings) -
     connection = await connect(database, application_name="tests")
     await writer.prepare_session(connection)
     records = [refusal() for _ in range(5)]
-    assert (await writer.write(connection, records)).written == 5
-    assert (await writer.write(connection, [*records, refusal()])).written == 1
+    assert (await writer.write(connection, records, subject_keys())).written == 5
+    assert (await writer.write(connection, [*records, refusal()], subject_keys())).written == 1
     await connection.close()
     rows = await audit_rows(database)
     assert len(rows) == 6
@@ -147,7 +154,7 @@ async def test_a_bad_row_in_the_batch_costs_no_refusal(database: PostgresSetting
     await writer.prepare_session(connection)
     good = [refusal() for _ in range(6)]
     bad = refusal(prompt_tokens=-1)
-    report = await writer.write(connection, [*good[:2], bad, *good[2:]])
+    report = await writer.write(connection, [*good[:2], bad, *good[2:]], subject_keys())
     await connection.close()
     assert [row_id for row_id, _ in report.poison] == [bad.id]
     assert len(await audit_rows(database)) == 6

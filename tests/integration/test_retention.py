@@ -11,6 +11,7 @@ from pathlib import Path
 import asyncpg
 
 from serve_app.accounts import writer
+from serve_app.accounts.bodies import Body, open_bodies
 from serve_app.accounts.retention.keeping import Expired, apply, expired
 from serve_app.accounts.retention.policy import DataClass, Keep, RetentionPolicy
 from serve_app.accounts.retention.task import retention_task
@@ -19,6 +20,7 @@ from serve_app.database import connect
 from serve_app.records import Outcome, PrincipalKind, RequestRecord, new_id, utc_now
 from serve_app.settings import PostgresSettings
 from tests.integration.command_line import comp_ai
+from tests.sealing import subject_keys
 
 _OLD = datetime(2024, 3, 10, tzinfo=UTC)
 _OLDER = datetime(2024, 2, 10, tzinfo=UTC)
@@ -46,7 +48,7 @@ async def fill(connection: asyncpg.Connection, *records: RequestRecord) -> None:
     await connection.execute("select comp_ai.ensure_request_partitions('2024-02-01', 2)")
     await connection.execute("select comp_ai.ensure_request_partitions(now()::date, 1)")
     await writer.prepare_session(connection)
-    await writer.write(connection, records)
+    await writer.write(connection, records, subject_keys())
 
 
 async def run(connection: asyncpg.Connection, policy: RetentionPolicy = _POLICY) -> list[Expired]:
@@ -138,9 +140,11 @@ async def test_what_is_held_stays_where_it_is_found_until_the_release(
     assert ("requests", "requests_y2024m03", 2, 1) in done
     assert ("bodies", "request_bodies_y2024m03", 2, 1) in done
     assert await whose(connection) == [("ben", True)]
-    plain = await connection.fetchrow("select user_id, request_text from comp_ai.requests_plain")
-    assert plain is not None
-    assert tuple(plain) == ("ben", "text")
+    assert await connection.fetchval("select user_id from comp_ai.requests_plain") == "ben"
+    rows = await connection.fetch("select * from comp_ai.request_bodies")
+    assert await open_bodies(connection, subject_keys(), rows) == [
+        Body(request="text", response="text")
+    ]
     # Again: nothing is left to do, and nothing is said.
     assert await expired(connection, _POLICY) == []
     assert await run(connection) == []
@@ -158,7 +162,9 @@ async def test_late_records_of_a_month_that_went_are_swept(
     await fill(connection, record(_OLD))
     await run(connection)
     await hold(connection, "ben")
-    await writer.write(connection, [record(_OLD), record(_OLD, "ben"), record(utc_now())])
+    await writer.write(
+        connection, [record(_OLD), record(_OLD, "ben"), record(utc_now())], subject_keys()
+    )
     stray = [("bodies", "request_bodies_default", 1, 0), ("requests", "requests_default", 1, 0)]
     assert short(await expired(connection, _POLICY)) == stray
     assert short(await run(connection)) == stray
@@ -174,7 +180,7 @@ async def test_a_partition_in_use_is_left_and_writers_go_on(
         await reader.fetch("select * from comp_ai.requests_y2024m03")  # as a backup does
         done = await run(connection)
         assert [e.data for e in done] == [DataClass.BODIES, DataClass.BODIES, DataClass.REQUESTS]
-        report = await writer.write(connection, [record(utc_now())])
+        report = await writer.write(connection, [record(utc_now())], subject_keys())
         assert report.written == 1
     await reader.close()
     assert short(await run(connection)) == [("requests", "requests_y2024m03", 1, 0)]
@@ -193,7 +199,9 @@ async def test_two_runners_and_a_drain_at_once(
         await writer.prepare_session(own)
         written = 0
         while not stop.is_set() or not written:
-            report = await writer.write(own, [record(utc_now()), record(_OLD, "p7")])
+            report = await writer.write(
+                own, [record(utc_now()), record(_OLD, "p7")], subject_keys()
+            )
             assert not report.poison
             written += report.written
         await own.close()

@@ -24,6 +24,7 @@ from serve_app.database import connect
 from serve_app.errors import ConfigError
 from serve_app.records import Outcome, RequestRecord, new_id, utc_now
 from serve_app.settings import PostgresSettings
+from tests.sealing import FORM, subject_keys
 
 _TIMEOUT_S = 60.0
 _CONFIG = LogConfig(backoff_first_s=0.01, backoff_most_s=0.1, gauges_every_s=0.05, adopt_every_s=0)
@@ -42,12 +43,12 @@ def _record(**changes: object) -> RequestRecord:
 
 
 def _folders(root: Path) -> SpoolFolders:
-    return SpoolFolders(root, partial(Spool, lock_timeout_s=0))
+    return SpoolFolders(root, partial(Spool, form=FORM, lock_timeout_s=0))
 
 
 async def _leave(folder: Path, *records: RequestRecord) -> None:
     """Leave `records` in a spool that nobody holds."""
-    spool = Spool(folder)
+    spool = Spool(folder, form=FORM)
     await spool.open()
     for record in records:
         await spool.append(record)
@@ -60,6 +61,7 @@ async def _replica(root: Path, postgres: PostgresSettings) -> AsyncIterator[Requ
     log = RequestLog(
         spool=await folders.take(),
         postgres=postgres,
+        keys=subject_keys(),
         metrics=NoMetrics(),
         config=_CONFIG,
         folders=folders,
@@ -106,12 +108,15 @@ _HOLDER = """
     import asyncio, sys
     from functools import partial
     from pathlib import Path
+    from serve_app.accounts.sealing.master_keys import MasterKeys
     from serve_app.accounts.spool import Spool
     from serve_app.accounts.spool_folders import SpoolFolders
+    from serve_app.accounts.spooled import SpooledForm
     from serve_app.records import Outcome, RequestRecord, new_id, utc_now
 
     async def main():
-        folders = SpoolFolders(Path(sys.argv[1]), partial(Spool, lock_timeout_s=0))
+        make = partial(Spool, form=SpooledForm(MasterKeys([])), lock_timeout_s=0)
+        folders = SpoolFolders(Path(sys.argv[1]), make)
         spool = await folders.take()
         for _ in range(100):
             record = RequestRecord(
@@ -261,7 +266,7 @@ async def test_poison_of_an_adopted_spool_blocks_nobody_and_stays_there(
         assert await log.drain(_TIMEOUT_S)
         assert (await log.status()).poison_total == 1
     assert await _ids(database) == sorted([good.id, own.id])
-    kept = Spool(tmp_path / "3")
+    kept = Spool(tmp_path / "3", form=FORM)
     await kept.open()
     reason = "CheckViolationError 23514 requests_prompt_tokens_check"
     assert await kept.poisoned() == [(bad.id, reason)]

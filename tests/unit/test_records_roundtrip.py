@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.accounts import writer
-from serve_app.accounts.spool import _encode
 from serve_app.records import Outcome, PrincipalKind, RequestRecord, new_id, utc_now
+from tests.sealing import FORM
 
 _text = st.text(st.characters(exclude_categories=["Cs"]), max_size=50)
 _ms = st.none() | st.floats(allow_nan=False, allow_infinity=False)
@@ -44,6 +44,7 @@ records = st.builds(
     duration_ms=st.floats(allow_nan=False, allow_infinity=False),
     replica_id=st.none() | _text,
     denied=st.none() | _text,
+    bodies=st.none() | _text,
     request_body=st.none() | _text,
     response_text=st.none() | _text,
 )
@@ -68,10 +69,15 @@ def test_record_comes_back_as_it_was(record: RequestRecord) -> None:
     assert all(type(getattr(back, f.name)) is type(getattr(record, f.name)) for f in fields(record))
 
 
+@given(records)
+def test_record_comes_back_from_the_spool_as_it_was(record: RequestRecord) -> None:
+    assert FORM.read(FORM.write(record)) == record
+
+
 @given(st.text(max_size=50))
 def test_any_text_can_be_spooled(text: str) -> None:
     record = _record(request_body=text, model=text)
-    back = RequestRecord.from_json(_encode(record))
+    back = FORM.read(FORM.write(record))
     assert back.request_body == text.encode("utf-8", "replace").decode()
     assert back.id == record.id
 

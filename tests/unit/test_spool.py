@@ -20,9 +20,12 @@ import pytest
 
 from serve_app import group_commit
 from serve_app.accounts import spool as spool_module
+from serve_app.accounts.sealing.master_keys import MasterKeys, new_master_key
 from serve_app.accounts.spool import Spool, SpooledRow
+from serve_app.accounts.spooled import SpooledForm
 from serve_app.errors import ConfigError, LogUnavailable
 from serve_app.records import Outcome, RequestRecord, new_id, utc_now
+from tests.sealing import FORM
 
 _MIB = 1024 * 1024
 
@@ -45,7 +48,7 @@ def _ids(rows: Sequence[SpooledRow]) -> list[uuid.UUID]:
 
 @pytest.fixture
 async def spool(tmp_path: Path) -> AsyncIterator[Spool]:
-    opened = Spool(tmp_path / "spool", lock_timeout_s=0)
+    opened = Spool(tmp_path / "spool", form=FORM, lock_timeout_s=0)
     await opened.open()
     yield opened
     await opened.close()
@@ -99,7 +102,7 @@ async def test_rows_come_out_oldest_first_until_they_are_discarded(spool: Spool)
     for record in records:
         await spool.append(record)
     rows = await spool.batch(3)
-    assert [RequestRecord.from_json(row.data) for row in rows] == records[:3]
+    assert [FORM.read(row.data) for row in rows] == records[:3]
     await spool.discard(_ids(rows))
     assert _ids(await spool.batch(10)) == [record.id for record in records[3:]]
     assert await spool.depth() == 2
@@ -152,7 +155,7 @@ async def test_batch_is_bounded_in_bytes(spool: Spool) -> None:
 
 
 async def test_full_disk_fails_the_affected_appends_and_no_others(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, max_bytes=_MIB)
+    spool = Spool(tmp_path, form=FORM, max_bytes=_MIB)
     await spool.open()
     small = [_record() for _ in range(20)]
     async with Gate(spool):
@@ -170,7 +173,7 @@ async def test_full_disk_fails_the_affected_appends_and_no_others(tmp_path: Path
 
 
 async def test_spool_that_is_full_takes_records_again_once_drained(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, max_bytes=_MIB)
+    spool = Spool(tmp_path, form=FORM, max_bytes=_MIB)
     await spool.open()
     kept = len(await _fill(spool))
     assert await spool.depth() == kept
@@ -185,7 +188,7 @@ async def test_file_system_without_space(tmp_path: Path) -> None:
     if await _run("mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path) != 0:
         pytest.skip("no mounts here")
     try:
-        spool = Spool(tmp_path, min_free_bytes=_MIB)
+        spool = Spool(tmp_path, form=FORM, min_free_bytes=_MIB)
         await spool.open()
         assert await spool.has_room()
         acked = await _fill(spool)
@@ -201,7 +204,7 @@ async def test_file_system_without_space(tmp_path: Path) -> None:
 
 
 async def test_there_is_no_room_some_way_before_the_spool_is_full(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, max_bytes=_MIB)
+    spool = Spool(tmp_path, form=FORM, max_bytes=_MIB)
     await spool.open()
     assert await spool.has_room()
     while await spool.has_room():
@@ -214,7 +217,7 @@ async def test_there_is_no_room_some_way_before_the_spool_is_full(tmp_path: Path
 
 
 async def test_there_is_no_room_where_the_disk_is_nearly_full(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, min_free_bytes=1 << 60)
+    spool = Spool(tmp_path, form=FORM, min_free_bytes=1 << 60)
     await spool.open()
     assert not await spool.has_room()
     await spool.append(_record())  # it was let in before
@@ -283,7 +286,7 @@ async def test_bug_in_the_thread_leaves_nobody_waiting(
 
 
 async def test_close_finishes_what_was_handed_over(tmp_path: Path) -> None:
-    spool = Spool(tmp_path)
+    spool = Spool(tmp_path, form=FORM)
     await spool.open()
     appends = [asyncio.create_task(spool.append(_record())) for _ in range(50)]
     await asyncio.sleep(0)
@@ -333,13 +336,13 @@ async def test_poison_is_kept_apart_and_can_come_back(spool: Spool) -> None:
     assert await spool.poisoned() == [(bad.id, "DataError 22003")]
     assert (await spool.state()).poison == 1
     assert await spool.restore_poison() == 1
-    assert [RequestRecord.from_json(row.data) for row in await spool.batch(10)] == [good, bad]
+    assert [FORM.read(row.data) for row in await spool.batch(10)] == [good, bad]
     assert await spool.poisoned() == []
 
 
 async def test_second_holder_waits_for_the_first(spool: Spool) -> None:
     await spool.append(_record())
-    second = Spool(spool.path.parent, lock_timeout_s=60)
+    second = Spool(spool.path.parent, form=FORM, lock_timeout_s=60)
     opening = asyncio.create_task(second.open())
     await asyncio.sleep(0)
     assert not second.alive
@@ -350,7 +353,7 @@ async def test_second_holder_waits_for_the_first(spool: Spool) -> None:
 
 
 async def test_second_holder_gives_up_with_a_clear_message(spool: Spool) -> None:
-    second = Spool(spool.path.parent, lock_timeout_s=0)
+    second = Spool(spool.path.parent, form=FORM, lock_timeout_s=0)
     with pytest.raises(ConfigError, match="one that no other process holds"):
         await second.open()
     await second.close()
@@ -360,7 +363,7 @@ async def test_second_holder_gives_up_with_a_clear_message(spool: Spool) -> None
 async def test_damaged_file_is_refused_and_the_lock_given_back(tmp_path: Path) -> None:
     (tmp_path / "spool.sqlite3").write_bytes(b"this is no database, nor was it one" * 100)
     for _ in range(2):
-        spool = Spool(tmp_path, lock_timeout_s=0)
+        spool = Spool(tmp_path, form=FORM, lock_timeout_s=0)
         with pytest.raises(ConfigError, match=r"a spool that can be written \(DatabaseError\)"):
             await spool.open()
 
@@ -368,7 +371,9 @@ async def test_damaged_file_is_refused_and_the_lock_given_back(tmp_path: Path) -
 _APPENDER = """
     import asyncio, sys
     from pathlib import Path
+    from serve_app.accounts.sealing.master_keys import MasterKeys
     from serve_app.accounts.spool import Spool
+    from serve_app.accounts.spooled import SpooledForm
     from serve_app.records import Outcome, RequestRecord, new_id, utc_now
 
     async def append(spool):
@@ -380,7 +385,7 @@ _APPENDER = """
             sys.stdout.flush()
 
     async def main():
-        spool = Spool(Path(sys.argv[1]))
+        spool = Spool(Path(sys.argv[1]), form=SpooledForm(MasterKeys.parse(sys.argv[2])))
         await spool.open()
         await asyncio.gather(*(append(spool) for _ in range(20)))
 
@@ -389,18 +394,20 @@ _APPENDER = """
 
 
 async def test_acknowledged_records_survive_sigkill(tmp_path: Path) -> None:
+    master = new_master_key()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", textwrap.dedent(_APPENDER), tmp_path, stdout=subprocess.PIPE
+        sys.executable, "-c", textwrap.dedent(_APPENDER), tmp_path, master, stdout=subprocess.PIPE
     )
     assert process.stdout is not None
     acked = [await process.stdout.readline() for _ in range(500)]
     process.send_signal(signal.SIGKILL)
     acked += [line async for line in process.stdout if line.endswith(b"\n")]
     await process.wait()
-    spool = Spool(tmp_path, lock_timeout_s=0)  # the kernel gave the lock back
+    form = SpooledForm(MasterKeys.parse(master))
+    spool = Spool(tmp_path, form=form, lock_timeout_s=0)  # the kernel gave the lock back
     await spool.open()
     rows = await spool.batch(1_000_000, max_bytes=1 << 40)
     assert {uuid.UUID(line.decode().strip()) for line in acked} <= set(_ids(rows))
     for row in rows:
-        RequestRecord.from_json(row.data)
+        assert form.read(row.data).request_body == "x" * 500
     await spool.close()
