@@ -24,6 +24,7 @@ from serve_app.settings import PostgresSettings
 from serve_app.usage.folding import backfill, fold, usage_tasks
 from tests.integration.conftest import MIGRATIONS
 from tests.integration.links import Link
+from tests.sealing import subject_keys
 
 _NOW = datetime(2026, 11, 28, 12, 30, 30, tzinfo=UTC)
 _MEASURES = """
@@ -111,13 +112,13 @@ async def test_repeats_and_late_rows_are_counted_once(connection: asyncpg.Connec
     await connection.execute("select comp_ai.ensure_partitions('2026-11-01', 1)")
     records = _records(300, seed=1)
     late = _records(50, seed=2, back=timedelta(days=400))
-    await writer.write(connection, records)
-    await writer.write(connection, records)
+    await writer.write(connection, records, subject_keys())
+    await writer.write(connection, records, subject_keys())
     assert await fold(connection) > 0
     await _assert_equal(connection)
-    await writer.write(connection, [*records, *late])
+    await writer.write(connection, [*records, *late], subject_keys())
     await fold(connection, most_rows=7)
-    await writer.write(connection, late)
+    await writer.write(connection, late, subject_keys())
     assert await _pending(connection) == 0
     assert await fold(connection) == 0
     await _assert_equal(connection)
@@ -127,7 +128,7 @@ async def test_repeats_and_late_rows_are_counted_once(connection: asyncpg.Connec
 async def test_a_batch_with_a_bad_row_counts_the_others(connection: asyncpg.Connection) -> None:
     good = _records(20, seed=3)
     bad = replace(good[0], id=new_id(), prompt_tokens=-1)
-    report = await writer.write(connection, [*good[:5], bad, *good[5:]])
+    report = await writer.write(connection, [*good[:5], bad, *good[5:]], subject_keys())
     assert (report.written, len(report.poison)) == (20, 1)
     await fold(connection)
     await _assert_equal(connection)
@@ -136,7 +137,7 @@ async def test_a_batch_with_a_bad_row_counts_the_others(connection: asyncpg.Conn
 async def test_rows_that_move_between_partitions_are_not_counted_again(
     connection: asyncpg.Connection,
 ) -> None:
-    await writer.write(connection, _records(50, seed=4))
+    await writer.write(connection, _records(50, seed=4), subject_keys())
     await fold(connection)
     await connection.execute("select comp_ai.ensure_partitions('2026-11-01', 1)")
     assert await connection.fetchval("select count(*) from comp_ai.usage_day_default") == 0
@@ -147,7 +148,7 @@ async def test_rows_that_move_between_partitions_are_not_counted_again(
 async def test_a_fold_that_is_broken_off_adds_nothing(
     database: PostgresSettings, connection: asyncpg.Connection
 ) -> None:
-    await writer.write(connection, _records(100, seed=5))
+    await writer.write(connection, _records(100, seed=5), subject_keys())
     before = await _pending(connection)
     folding = await connect(database, application_name="tests")
     await folding.execute("begin")
@@ -165,7 +166,7 @@ async def _write_all(postgres: PostgresSettings, batches: Iterable[list[RequestR
     connection = await connect(postgres, application_name="tests")
     await writer.prepare_session(connection)
     for batch in batches:
-        await writer.write(connection, batch)
+        await writer.write(connection, batch, subject_keys())
     await connection.close()
 
 
