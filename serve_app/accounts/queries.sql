@@ -25,3 +25,8 @@ from inserted;
 insert into comp_ai.request_bodies ({columns})
 select {columns} from staged_bodies
 on conflict do nothing;
+
+-- name: last_recorded_at
+-- Of the latest requests alone: no index has recorded_at.
+select max(recorded_at)
+from (select recorded_at from comp_ai.requests order by created_at desc limit 1000) as latest;

@@ -54,7 +54,7 @@ create table if not exists poison (
 _INSERT = "insert into spool (id, spooled_at, data) values (?, ?, ?) on conflict (id) do nothing"
 _BATCH = "select id, data from spool order by seq limit ?"
 _DELETE = "delete from spool where id = ?"
-_STATE = """
+STATE = """
 select (select count(*) from spool),
        (select spooled_at from spool order by seq limit 1),
        (select count(*) from poison)
@@ -97,6 +97,7 @@ class Spool(GroupCommit):
     """
 
     FILE: ClassVar[str] = "spool.sqlite3"
+    LOCK: ClassVar[str] = "spool.lock"
 
     def __init__(
         self,
@@ -185,7 +186,7 @@ class Spool(GroupCommit):
 
     async def state(self) -> SpoolState:
         """Return how full the spool is."""
-        depth, oldest, poison = await self._do(lambda con: con.execute(_STATE).fetchone())
+        depth, oldest, poison = await self._do(lambda con: con.execute(STATE).fetchone())
         age = 0.0 if oldest is None else max(0.0, time.time() - oldest)
         return SpoolState(depth=depth, oldest_age_s=age, poison=poison)
 

@@ -34,6 +34,8 @@ model_app = typer.Typer(help="Model weights.")
 master_key_app = typer.Typer(help="The master key, which wraps the keys of subjects.")
 audit_app = typer.Typer(help="The audit log: administrative acts and refusals of permission.")
 log_app = typer.Typer(help="The request log: the accounts on their way and at rest.")
+poison_app = typer.Typer(help="Records that PostgreSQL refused, which were set aside.")
+log_app.add_typer(poison_app, name="poison", no_args_is_help=True)
 app.add_typer(keys_app, name="keys", no_args_is_help=True)
 app.add_typer(model_app, name="model", no_args_is_help=True)
 app.add_typer(master_key_app, name="master-key", no_args_is_help=True)
@@ -342,6 +344,49 @@ def log_drift(
     raise typer.Exit(_run(drift.show(_postgres(), most, as_json=as_json)))
 
 
+SpoolOption = Annotated[
+    Path | None,
+    typer.Option("--spool-folder", help="Folder of the spools; <COMP_AI_HOME>/spool if not given."),
+]
+PoisonArgument = Annotated[list[str] | None, typer.Argument(help="Ids; all if not given.")]
+
+
+@log_app.command("status")
+def log_status(spool_folder: SpoolOption = None, as_json: JsonOption = False) -> None:
+    """Say what waits in this machine's spools, and for how long; the service need not run."""
+    from serve_app.cli import log
+
+    _run(log.status(_spool_root(spool_folder), _postgres, as_json=as_json))
+
+
+@poison_app.command("list")
+def poison_list(spool_folder: SpoolOption = None, as_json: JsonOption = False) -> None:
+    """List the records that were set aside, with the reason."""
+    from serve_app.cli import log
+
+    log.show_poison(_spool_root(spool_folder), as_json=as_json)
+
+
+@poison_app.command("restore")
+def poison_restore(ids: PoisonArgument = None, spool_folder: SpoolOption = None) -> None:
+    """Put records back into the queue, once their reason is gone."""
+    from serve_app.cli import log
+
+    log.restore_poison(_spool_root(spool_folder), ids or ())
+
+
+@poison_app.command("drop")
+def poison_drop(
+    ids: PoisonArgument = None,
+    sure: Annotated[bool, typer.Option("--yes", help="Delete them for good.")] = False,
+    spool_folder: SpoolOption = None,
+) -> None:
+    """Delete records that were set aside; the audit log tells who did."""
+    from serve_app.cli import log
+
+    _run(log.drop_poison(_spool_root(spool_folder), _postgres(), ids or (), sure=sure))
+
+
 @model_app.command("fetch")
 def model_fetch(
     names: Annotated[
@@ -355,6 +400,10 @@ def model_fetch(
     models_path = _settings().service.models_path
     for name in names or [SMOLLM2]:
         typer.echo(str(fetch(name, models_path, lambda text: typer.echo(text, err=True))))
+
+
+def _spool_root(given: Path | None) -> Path:
+    return given or _settings().service.home_path / "spool"
 
 
 def _postgres() -> Any:

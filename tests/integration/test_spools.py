@@ -19,6 +19,7 @@ import pytest
 from serve_app.accounts.metrics import NoMetrics
 from serve_app.accounts.request_log import LogConfig, LogStatus, RequestLog
 from serve_app.accounts.spool import Spool
+from serve_app.accounts.spool_files import read_reports
 from serve_app.accounts.spool_folders import SpoolFolders
 from serve_app.database import connect
 from serve_app.errors import ConfigError
@@ -187,6 +188,25 @@ async def test_a_root_that_cannot_be_made_stops_the_start(tmp_path: Path) -> Non
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="the spool folder"):
         await _folders(tmp_path / "file" / "spool").take()
+
+
+async def test_spools_are_read_from_outside_while_they_are_held_and_after(tmp_path: Path) -> None:
+    async with _holder(tmp_path) as (process, _):
+        (alive,) = read_reports(tmp_path)
+        process.kill()
+        await process.wait()
+        (dead,) = read_reports(tmp_path)
+    assert (alive.held, alive.depth) == (True, 100)
+    assert (dead.held, dead.depth, dead.poison) == (False, 100, 0)
+    assert dead.oldest_age_s >= alive.oldest_age_s > 0
+    assert dead.bytes > 0
+    damaged = tmp_path / "1" / Spool.FILE
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"this is no database, nor was it one" * 100)
+    assert [report.error for report in read_reports(tmp_path)] == [
+        None,
+        f"The spool {damaged.parent} cannot be opened: SQLITE_NOTADB.",
+    ]
 
 
 # From there into PostgreSQL.
