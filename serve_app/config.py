@@ -457,6 +457,13 @@ class KeysConfig(_Config):
         le=366 * 24 * 3600,
         description="Longest time that the earlier secrets of a rotated key stay valid.",
     )
+    max_life_s: int | None = Field(
+        default=None,
+        ge=60,
+        le=3660 * 24 * 3600,
+        description="Longest life of a secret that somebody makes for himself: a key expires then, "
+        "unless it is rotated. No bound where not set, and none for administrators.",
+    )
 
 
 class SignInConfig(_Config):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeVar
 
@@ -40,6 +41,7 @@ from serve_app.identity.key_rules import (
 )
 from serve_app.identity.principal import Permission, Principal
 from serve_app.listing import AFTER, ORDER, Query, document, limit_docs, page, query_docs
+from serve_app.records import utc_now
 from serve_app.routing import SIGNED_IN, Direct, GetGateway
 
 _MOST_KEYS = 100
@@ -202,12 +204,18 @@ class _Keys:
             owner, most = principal.id, self._gateway().config.keys.max_per_owner
             terms = await self._own_terms(principal, asked)
         by = Actor.of(principal, request)
-        return _with_secret(*await self._store.create(terms, owner=owner, by=by, most=most))
+        made = await self._store.create(
+            terms, owner=owner, by=by, most=most, max_life=self._max_life
+        )
+        return _with_secret(*made)
 
     async def _own_terms(self, principal: Principal, asked: _NewKey) -> KeyTerms:
         require_new_keys(principal)
         bounds = await self._bounds(principal)
         terms = KeyTerms(**{**bounds.widest(), **_terms(asked)})
+        if asked.expires_at is None and self._max_life is not None:
+            latest = utc_now() + self._max_life
+            terms = replace(terms, expires_at=min(terms.expires_at or latest, latest))
         bounds.check(terms)
         return terms
 
@@ -245,6 +253,7 @@ class _Keys:
                 by=Actor.of(principal, request),
                 owner=self._owner(principal),
                 check=await self._check(principal),
+                max_life=self._max_life,
             )
             return document(key.to_openai())
 
@@ -262,6 +271,7 @@ class _Keys:
                 by=Actor.of(principal, request),
                 owner=self._owner(principal),
                 check=await self._check(principal),
+                max_life=self._max_life,
             )
             return _with_secret(plain, key)
 
@@ -286,6 +296,12 @@ class _Keys:
     @property
     def _store(self) -> ApiKeyStore:
         return ApiKeyStore(self._gateway().parts.database)
+
+    @property
+    def _max_life(self) -> timedelta | None:
+        """How long a secret may live here."""
+        max_life_s = None if self._everybody else self._gateway().config.keys.max_life_s
+        return None if max_life_s is None else timedelta(seconds=max_life_s)
 
     def _check_overlap(self, overlap_s: int) -> None:
         most = self._gateway().config.keys.max_overlap_s

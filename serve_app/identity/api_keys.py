@@ -175,12 +175,19 @@ class ApiKeyStore:
         self._audit = AuditLog()
 
     async def create(
-        self, terms: KeyTerms, *, owner: str, by: Actor, most: int | None = None
+        self,
+        terms: KeyTerms,
+        *,
+        owner: str,
+        by: Actor,
+        most: int | None = None,
+        max_life: timedelta | None = None,
     ) -> tuple[str, ApiKey]:
         """Make a key; return it in plain, for the only time, and its row.
 
         Args:
             most: how many valid keys the owner may have.
+            max_life: how long it may live.
 
         Raises:
             InvalidRequest: terms or an owner that cannot be kept, or too many keys.
@@ -188,6 +195,8 @@ class ApiKeyStore:
         created_at = utc_now()
         _check_text("owner", owner, MAX_OWNER_CHARS)
         _check_terms(terms, created_at)
+        if max_life is not None:
+            _check_life(terms, created_at, max_life)
         plain, prefix, secret_hash = generate_key()
         async with self._pool.connection() as connection, connection.transaction():
             if most is not None:
@@ -240,8 +249,12 @@ class ApiKeyStore:
         by: Actor,
         owner: str | None = None,
         check: Check = allow_anything,
+        max_life: timedelta | None = None,
     ) -> ApiKey:
         """Change the terms of a key that are named in `changes`.
+
+        Args:
+            max_life: how long after its secret was made a new expiry may be.
 
         Raises:
             NotFound: the owner has no key of that id.
@@ -253,6 +266,8 @@ class ApiKeyStore:
             _refuse_revoked(before)
             # An expiry that is past already and is not touched stays.
             _check_terms(terms, utc_now() if "expires_at" in changes else None)
+            if max_life is not None and "expires_at" in changes:
+                _check_life(terms, before.rotated_at or before.created_at, max_life)
             check(terms)
             row = await connection.fetchrow(
                 query("change"), key_id, terms.name, terms.note, *_scope(terms), terms.expires_at
@@ -272,10 +287,12 @@ class ApiKeyStore:
         by: Actor,
         owner: str | None = None,
         check: Check = allow_anything,
+        max_life: timedelta | None = None,
     ) -> tuple[str, ApiKey]:
         """Give a key a new secret; return it in plain, for the only time, and its row.
 
-        Its secrets until now stay valid for `overlap` at most, and not past its expiry.
+        Its secrets until now stay valid for `overlap` at most, and not past its expiry. With
+        `max_life` the key expires no later than that from now.
 
         Raises:
             NotFound: the owner has no key of that id.
@@ -291,7 +308,10 @@ class ApiKeyStore:
             check(before.terms)
             await connection.execute(query("end_earlier"), key_id, now + overlap)
             await connection.execute(query("drop_ended"), key_id, now)
-            row = await connection.fetchrow(query("renew"), key_id, prefix, secret_hash, now)
+            latest = None if max_life is None else now + max_life
+            row = await connection.fetchrow(
+                query("renew"), key_id, prefix, secret_hash, now, latest
+            )
             if overlap:
                 await _keep_earlier(connection, before, now + overlap)
             key = await _with_earlier(connection, _found(row))
@@ -407,6 +427,16 @@ def _check_terms(terms: KeyTerms, now: datetime | None) -> None:
         return
     if expires_at.tzinfo is None or expires_at <= now:
         raise InvalidRequest("The expiry must be a future time with a zone.", param="expires_at")
+
+
+def _check_life(terms: KeyTerms, made_at: datetime, max_life: timedelta) -> None:
+    latest = made_at + max_life
+    if terms.expires_at is None or terms.expires_at > latest:
+        raise InvalidRequest(
+            f"A secret may live {max_life.total_seconds():.0f} s here: name an expiry of "
+            f"{int(latest.timestamp())} or earlier, or rotate the key first.",
+            param="expires_at",
+        )
 
 
 def _check_text(param: str, value: str, max_chars: int) -> None:

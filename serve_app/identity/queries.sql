@@ -63,7 +63,9 @@ update comp_ai.api_keys set expires_at = least(expires_at, $2) where replaced_by
 delete from comp_ai.api_keys where replaced_by = $1 and expires_at <= $2;
 
 -- name: renew
-update comp_ai.api_keys set prefix = $2, secret_hash = $3, rotated_at = $4 where id = $1
+update comp_ai.api_keys
+set prefix = $2, secret_hash = $3, rotated_at = $4, expires_at = least(expires_at, $5)
+where id = $1
 returning *;
 
 -- name: keep_earlier

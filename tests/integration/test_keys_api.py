@@ -19,7 +19,7 @@ from serve_app.audit.verify import verify
 from serve_app.config import LimitPolicy
 from serve_app.database import connect
 from serve_app.identity.api_key_verifier import ApiKeyVerifier
-from serve_app.identity.api_keys import KEY_START, ApiKeyStore, KeyTerms, generate_key
+from serve_app.identity.api_keys import KEY_START, ApiKey, ApiKeyStore, KeyTerms, generate_key
 from serve_app.identity.authenticator import build_pool
 from serve_app.identity.key_changes import listen_to
 from serve_app.identity.principal import Permission, Principal
@@ -310,6 +310,62 @@ async def test_the_number_of_keys_is_bounded(database: PostgresSettings) -> None
         await http.post(f"/v1/keys/{made['id']}/revoke", headers=by(ADA))
         await make(http)
         await make(http, BOB)
+
+
+async def test_the_life_of_a_secret_is_bounded(
+    database: PostgresSettings, store: ApiKeyStore
+) -> None:
+    before = (await make_for_ever(store)).id
+    async with (
+        gateway(database, keys={"max_life_s": 3600}) as served,
+        httpx.AsyncClient(base_url=served.url) as http,
+    ):
+        made = await make(http)
+        latest = made["created_at"] + 3600
+        assert made["expires_at"] == latest
+        assert (await make(http, expires_at=latest - 60))["expires_at"] == latest - 60
+        late = {"name": "k", "expires_at": latest + 60}
+        message = refusal(
+            await http.post("/v1/keys", json=late, headers=by(ADA)), 400, "expires_at"
+        )
+        assert "3600 s" in message
+        at = f"/v1/keys/{made['id']}"
+        for expires_at in (latest + 60, None):
+            answer = await http.post(at, json={"expires_at": expires_at}, headers=by(ADA))
+            refusal(answer, 400, "expires_at")
+        answer = await http.post(at, json={"expires_at": latest - 60}, headers=by(ADA))
+        assert answer.json()["expires_at"] == latest - 60
+        # A key of before the bound lives on, and is bound once it has a new secret.
+        at = f"/v1/keys/{before}"
+        answer = await http.post(at, json={"note": "old"}, headers=by(ADA))
+        assert answer.json()["expires_at"] is None
+        rotated = await http.post(f"{at}/rotate", json={"overlap_s": 60}, headers=by(ADA))
+        expires_at = rotated.json()["rotated_at"] + 3600
+        assert rotated.json()["expires_at"] == pytest.approx(expires_at, abs=1)
+        # An administrator is not bound.
+        answer = await http.post(f"/admin{at[3:]}", json={"expires_at": None}, headers=by(ADMIN))
+        assert answer.json()["expires_at"] is None
+        body = {"name": "k", "owner": "ada"}
+        answer = await http.post("/admin/keys", json=body, headers=by(ADMIN))
+        assert answer.json()["expires_at"] is None
+
+
+async def make_for_ever(store: ApiKeyStore) -> ApiKey:
+    """Make a key of Ada's as one was made when nothing bound it."""
+    return (await store.create(KeyTerms(name="k"), owner="ada", by=ROOT))[1]
+
+
+async def test_a_key_that_makes_keys_gives_them_no_more_than_is_left_of_it(
+    database: PostgresSettings,
+) -> None:
+    async with (
+        gateway(database, keys={"max_life_s": 3600}) as served,
+        httpx.AsyncClient(base_url=served.url) as http,
+    ):
+        expires_at = int(time.time()) + 600
+        permissions = ["comp-ai:user", "comp-ai:keys"]
+        parent = await make(http, permissions=permissions, expires_at=expires_at)
+        assert (await make(http, parent["key"]))["expires_at"] == expires_at
 
 
 # What a key may not do.
