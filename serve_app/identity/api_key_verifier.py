@@ -13,7 +13,6 @@ import hmac
 import logging
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +21,7 @@ from serve_app.errors import AuthenticationFailed, IdentityUnavailable
 from serve_app.identity.api_keys import ApiKey, ApiKeyStore, prefix_of
 from serve_app.identity.digest import digest_of
 from serve_app.identity.key_changes import KeyChanges, NoKeyChanges, Watch
+from serve_app.identity.lru import Lru
 from serve_app.identity.principal import Permission, Principal
 from serve_app.records import PrincipalKind, utc_now
 
@@ -93,8 +93,8 @@ class ApiKeyVerifier:
         self._clock = clock
         self._now = now
         # Apart, so that a flood of made-up keys drives out no real one.
-        self._known = _Lru(cache_size)
-        self._unknown = _Lru(cache_size)
+        self._known: Lru[str, _Known] = Lru(cache_size)
+        self._unknown: Lru[str, _Known] = Lru(cache_size)
         self._changed = 0
         self._waiting: dict[str, asyncio.Future[ApiKey | None]] = {}
         self._asker: asyncio.Task[None] | None = None
@@ -254,36 +254,6 @@ class ApiKeyVerifier:
                 extra={"action": "api_key_lookup_died"},
             )
         self._fail(list(self._waiting), IdentityUnavailable())
-
-
-class _Lru:
-    """A bounded map; the least used entry makes room."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._entries: OrderedDict[str, _Known] = OrderedDict()
-
-    def get(self, prefix: str) -> _Known | None:
-        """Return the entry and mark it as used."""
-        entry = self._entries.get(prefix)
-        if entry is not None:
-            self._entries.move_to_end(prefix)
-        return entry
-
-    def put(self, prefix: str, known: _Known) -> None:
-        """Keep an entry."""
-        self._entries[prefix] = known
-        self._entries.move_to_end(prefix)
-        if len(self._entries) > self._size:
-            self._entries.popitem(last=False)
-
-    def pop(self, prefix: str) -> None:
-        """Drop an entry, if there is one."""
-        self._entries.pop(prefix, None)
-
-    def clear(self) -> None:
-        """Drop every entry."""
-        self._entries.clear()
 
 
 _BOOTSTRAP = Principal(
