@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 
 from ray import serve
+from ray.util.metrics import Gauge
 
 from serve_app.contracts import Allowance, LimitState, Reservation, Scope, Settlement
 from serve_app.errors import LimitsUnavailable
@@ -16,6 +17,20 @@ from serve_app.limits.keeping import LimitKeeping
 from serve_app.limits.usage_store import UsageStore
 from serve_app.log_setup import log_as_json
 from serve_app.settings import load_settings
+
+
+class RayLimitMetrics:
+    """The counters' measurements; they come out as `ray_comp_ai_limits_…`."""
+
+    def __init__(self) -> None:
+        self._held_back = Gauge(
+            "comp_ai_limits_budgets_held_back",
+            description="1 while nothing is granted of a budget: what was used is not known.",
+        )
+
+    def budgets_held_back(self, held_back: bool) -> None:
+        """Set the gauge."""
+        self._held_back.set(int(held_back))
 
 
 @serve.deployment(
@@ -47,7 +62,7 @@ class Limits:
             name="limits",
         )
         journal = Journal(settings.service.home_path / "limits")
-        self._limits = LimitKeeping(journal, UsageStore(pool))
+        self._limits = LimitKeeping(journal, UsageStore(pool), RayLimitMetrics())
         await self._limits.start()
 
     async def reserve(self, reservation: Reservation) -> Allowance:

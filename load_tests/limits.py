@@ -24,7 +24,7 @@ from serve_app.identity.principal import Permission, Principal
 from serve_app.lazy_pool import build_pool
 from serve_app.limits.book import LimitBook
 from serve_app.limits.journal import Journal
-from serve_app.limits.keeping import LimitKeeping
+from serve_app.limits.keeping import LimitKeeping, NoLimitMetrics
 from serve_app.limits.scopes import scopes_of
 from serve_app.limits.usage_store import UsageStore
 from serve_app.records import PrincipalKind
@@ -91,7 +91,7 @@ async def time_journal(folder: Path, callers: int) -> tuple[float, float, list[f
     await journal.identify()
     await journal.close()
     pool = build_pool(nowhere, application_name="limits", max_size=1, unavailable=LimitsUnavailable)
-    limits = LimitKeeping(Journal(folder), UsageStore(pool))
+    limits = LimitKeeping(Journal(folder), UsageStore(pool), NoLimitMetrics())
     await limits.start()
     took_s: list[float] = []
 

@@ -31,6 +31,8 @@ _FOLD_LIMIT = 2000
 _PRAGMAS = ("journal_mode = wal", "synchronous = normal")
 SCHEMA = """
 create table if not exists journal (id text not null);
+-- Until when this journal knew all that was used; no row where it never did.
+create table if not exists vouched (at_s real not null);
 create table if not exists reservations (
     id           text    primary key,
     accounts     text    not null,  -- JSON: a list of keys
@@ -102,9 +104,16 @@ class Journal(GroupCommit):
             lock_timeout_s=lock_timeout_s,
         )
 
-    async def identify(self) -> tuple[uuid.UUID, bool]:
-        """Return the name of this journal, and whether it was made just now."""
+    async def identify(self) -> tuple[uuid.UUID, float]:
+        """Return the name of this journal, and until when it knew all that was used.
+
+        That is in seconds since 1970, and 0 where it never did.
+        """
         return await self._do(identify)
+
+    async def vouch(self, wall_s: float) -> None:
+        """Note that this journal knows all that was used until now."""
+        await self._do(lambda connection: vouch(connection, wall_s))
 
     async def write(self, changes: Sequence[Change]) -> None:
         """Return once `changes` would outlive this process.
@@ -128,14 +137,19 @@ class Journal(GroupCommit):
             pass
 
 
-def identify(connection: sqlite3.Connection) -> tuple[uuid.UUID, bool]:
+def identify(connection: sqlite3.Connection) -> tuple[uuid.UUID, float]:
     """See `Journal.identify`."""
     row = connection.execute("select id from journal").fetchone()
-    if row is not None:
-        return uuid.UUID(row[0]), False
-    name = uuid.uuid4()
-    connection.execute("insert into journal values (?)", (str(name),))
-    return name, True
+    name = uuid.uuid4() if row is None else uuid.UUID(row[0])
+    if row is None:
+        connection.execute("insert into journal values (?)", (str(name),))
+    [(at_s,)] = connection.execute("select coalesce(max(at_s), 0.0) from vouched")
+    return name, float(at_s)
+
+
+def vouch(connection: sqlite3.Connection, wall_s: float) -> None:
+    """See `Journal.vouch`."""
+    connection.execute("insert or replace into vouched (rowid, at_s) values (1, ?)", (wall_s,))
 
 
 def write(connection: sqlite3.Connection, changes: Iterable[Change]) -> None:

@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from serve_app.contracts import Allowance, LimitState, Reservation, Scope, Settlement
 from serve_app.errors import CompAIError, LimitsUnavailable
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 _KEEP_EVERY_S = 5.0
 _FORGET_EVERY_S = 24 * 3600.0
+# After so long another node may have counted what this journal does not know.
+_VOUCHED_FOR_S = 60.0
 # Rows of one statement, so that it ends in the time that the pool gives it.
 _STORED_AT_ONCE = 5000
 
@@ -27,23 +30,43 @@ class LimitsBroken(CompAIError):
     """The limits stopped being kept, and must be replaced."""
 
 
+class LimitMetrics(Protocol):
+    """Where the measurements of the limits go."""
+
+    def budgets_held_back(self, held_back: bool) -> None:
+        """Whether nothing is granted of a budget now, since what was used of it is not known."""
+        ...
+
+
+class NoLimitMetrics:
+    """Tells nobody."""
+
+    def budgets_held_back(self, held_back: bool) -> None:
+        """See `LimitMetrics.budgets_held_back`."""
+
+
 class LimitKeeping:
     """Answers nothing that would not outlive this process.
 
     The book decides in one step without waiting; then the journal is written, many answers in one
     commit, and only then the answer is given.
+
+    A journal that was not in use for a minute may have missed what was counted on another node.
+    It grants nothing of a budget until PostgreSQL has told what that was.
     """
 
     def __init__(
         self,
         journal: Journal,
         store: UsageStore,
+        metrics: LimitMetrics,
         *,
         clock_s: Callable[[], float] = time.monotonic,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
         self._journal = journal
         self._store = store
+        self._metrics = metrics
         self._wall_s = wall_s
         self._changes: list[Change] = []
         self._book = LimitBook(clock_s, wall_s, note=self._changes.append)
@@ -66,10 +89,17 @@ class LimitKeeping:
             ConfigError: the journal cannot be opened, or another process holds it.
         """
         await self._journal.open()
-        self._journal_id, fresh = await self._journal.identify()
-        self._complete = not fresh
+        self._journal_id, vouched_s = await self._journal.identify()
+        self._complete = self._wall_s() - vouched_s <= _VOUCHED_FOR_S
         self._book.restore(*await self._journal.read())
         await self._merge()
+        self._metrics.budgets_held_back(not self._complete)
+        if not self._complete:
+            logger.warning(
+                "what was used of the budgets is not known, so they are held back until "
+                "PostgreSQL is there",
+                extra={"action": "limits.held_back"},
+            )
         self._keeping = asyncio.create_task(self._keep_for_ever(), name="keep-limits")
 
     async def close(self) -> None:
@@ -187,10 +217,13 @@ class LimitKeeping:
         try:
             await self._written()
             await self._journal.fold(self._wall_s())
+            if self._complete:
+                await self._journal.vouch(self._wall_s())
         except LimitsUnavailable:
             logger.warning("the journal of the limits cannot be written")
         await self._merge()
         await self._store_totals()
+        self._metrics.budgets_held_back(not self._complete)
 
     async def _merge(self) -> None:
         """Take over what others have used, once: a journal of another node, or of before."""

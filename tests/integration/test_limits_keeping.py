@@ -46,6 +46,16 @@ class Clock:
         return time.time() + self.ahead_s
 
 
+class Told:
+    """What the metric said last."""
+
+    def __init__(self) -> None:
+        self.held_back: bool | None = None
+
+    def budgets_held_back(self, held_back: bool) -> None:
+        self.held_back = held_back
+
+
 def reservation(scope: Scope, tokens: int = 10, cost_micros: int = 0) -> Reservation:
     most = Spent(tokens=tokens, cost_micros=cost_micros)
     return Reservation(id=uuid.uuid4(), scopes=(scope,), most=most)
@@ -58,12 +68,19 @@ def settled(of: Reservation, tokens: int = 0, cost_micros: int = 0) -> Settlemen
 
 @asynccontextmanager
 async def limits(
-    folder: Path, postgres: PostgresSettings, clock: Clock | None = None
+    folder: Path,
+    postgres: PostgresSettings,
+    clock: Clock | None = None,
+    told: Told | None = None,
 ) -> AsyncIterator[LimitKeeping]:
     pool = build_pool(postgres, application_name="tests", max_size=1, unavailable=LimitsUnavailable)
     clock = clock or Clock()
     kept = LimitKeeping(
-        Journal(folder, lock_timeout_s=10), UsageStore(pool), clock_s=clock, wall_s=clock
+        Journal(folder, lock_timeout_s=10),
+        UsageStore(pool),
+        told or Told(),
+        clock_s=clock,
+        wall_s=clock,
     )
     await kept.start()
     try:
@@ -125,7 +142,7 @@ _ASKER = """
     from serve_app.errors import LimitsUnavailable
     from serve_app.lazy_pool import build_pool
     from serve_app.limits.journal import Journal
-    from serve_app.limits.keeping import LimitKeeping
+    from serve_app.limits.keeping import LimitKeeping, NoLimitMetrics
     from serve_app.limits.usage_store import UsageStore
     from serve_app.settings import PostgresSettings
 
@@ -144,7 +161,7 @@ _ASKER = """
         pool = build_pool(
             postgres, application_name="tests", max_size=1, unavailable=LimitsUnavailable
         )
-        kept = LimitKeeping(Journal(Path(sys.argv[1])), UsageStore(pool))
+        kept = LimitKeeping(Journal(Path(sys.argv[1])), UsageStore(pool), NoLimitMetrics())
         await kept.start()
         await asyncio.gather(*(ask(kept) for _ in range(20)))
 
@@ -204,11 +221,43 @@ async def test_late_word_is_not_undone_by_what_postgresql_was_told_before(
 
 
 async def test_new_journal_without_postgresql_grants_no_budget(tmp_path: Path) -> None:
-    async with limits(tmp_path, NO_POSTGRES) as kept:
-        with pytest.raises(LimitsUnavailable):
-            await kept.reserve(reservation(BUDGET))
-        # What needs no budget is served.
-        assert (await kept.reserve(reservation(MINUTE))).refusal is None
+    # Not when it is opened again either.
+    for _ in range(2):
+        told = Told()
+        async with limits(tmp_path, NO_POSTGRES, told=told) as kept:
+            with pytest.raises(LimitsUnavailable):
+                await kept.reserve(reservation(BUDGET))
+            assert told.held_back
+            # What needs no budget is served.
+            assert (await kept.reserve(reservation(MINUTE))).refusal is None
+
+
+async def test_journal_that_others_may_have_overtaken_waits_for_postgresql(
+    tmp_path: Path, database: PostgresSettings
+) -> None:
+    clock = Clock()
+    # Not of a day, which might end meanwhile.
+    month = Scope(key=BUDGET.key, label="you", tokens_per_month=1000)
+    async with limits(tmp_path / "first", database, clock) as kept:
+        one = reservation(month, 400)
+        await kept.reserve(one)
+        await kept.settle(settled(one, 300))
+    # Another node counts for a while, and then PostgreSQL is away and the first node is back.
+    async with limits(tmp_path / "second", database, clock) as kept:
+        two = reservation(month, 600)
+        await kept.reserve(two)
+        await kept.settle(settled(two, 600))
+    clock.ahead_s += 61
+    told = Told()
+    for _ in range(2):
+        async with limits(tmp_path / "first", NO_POSTGRES, clock, told) as kept:
+            with pytest.raises(LimitsUnavailable):
+                await kept.reserve(reservation(month, 200))
+            assert told.held_back
+    async with limits(tmp_path / "first", database, clock, told) as kept:
+        assert not told.held_back
+        assert (await kept.reserve(reservation(month, 200))).refusal is not None
+        assert (await kept.reserve(reservation(month, 100))).refusal is None
 
 
 async def test_known_journal_works_without_postgresql(
