@@ -19,6 +19,7 @@ from serve_app.database import connect
 from serve_app.records import Outcome, RequestRecord, new_id, utc_now
 from serve_app.settings import PostgresSettings
 from tests.integration.command_line import comp_ai
+from tests.sealing import FORM, subject_keys
 
 _REASON = "DataError 22003"
 
@@ -61,7 +62,7 @@ def log(database: PostgresSettings, tmp_path: Path) -> Command:
 
 async def _fill(home: Path, number: int, aside: int) -> list[uuid.UUID]:
     """Leave `number` records in a spool, the first `aside` of them set aside; return their ids."""
-    spool = Spool(home / "spool" / "0")
+    spool = Spool(home / "spool" / "0", form=FORM)
     await spool.open()
     records = [_record() for _ in range(number)]
     for record in records:
@@ -69,6 +70,17 @@ async def _fill(home: Path, number: int, aside: int) -> list[uuid.UUID]:
     await spool.set_aside((record.id, _REASON) for record in records[:aside])
     await spool.close()
     return [record.id for record in records]
+
+
+async def _started(home: Path, postgres: PostgresSettings) -> RequestLog:
+    log = RequestLog(
+        spool=Spool(home / "spool" / "0", form=FORM),
+        postgres=postgres,
+        keys=subject_keys(),
+        metrics=NoMetrics(),
+    )
+    await log.start()
+    return log
 
 
 async def _fetch(settings: PostgresSettings, query: str) -> Sequence[asyncpg.Record]:
@@ -96,10 +108,7 @@ async def test_what_waits_is_told_also_while_nothing_runs(
         None,
     )
     assert found["postgres"] == {"last_recorded_at": None, "error": None}
-    running = RequestLog(
-        spool=Spool(tmp_path / "spool" / "0"), postgres=database, metrics=NoMetrics()
-    )
-    await running.start()
+    running = await _started(tmp_path, database)
     assert await running.drain(60)
     found = await log.json("status")
     assert (found["depth"], found["lag_s"], found["spools"][0]["held"]) == (0, 0.0, True)
@@ -136,10 +145,7 @@ async def test_what_was_set_aside_is_listed_put_back_and_dropped(
     assert (act["action"], act["target"]) == ("poison.drop", str(tmp_path / "spool" / "0"))
     assert json.loads(act["after"]) == {"records": {first: _REASON}}
 
-    running = RequestLog(
-        spool=Spool(tmp_path / "spool" / "0"), postgres=database, metrics=NoMetrics()
-    )
-    await running.start()
+    running = await _started(tmp_path, database)
     # Beside the process that holds the spool.
     assert "put back 1" in await log("poison", "restore")
     async with asyncio.timeout(60):
