@@ -113,6 +113,22 @@ def worker() -> None:
     raise typer.Exit(_run(run_worker(_settings(), Console(stderr=True))))
 
 
+@app.command("nginx")
+def write_nginx(
+    folder: Annotated[Path, typer.Argument(help="Folder to write it into, which must be there.")],
+    placeholder_certificate: Annotated[
+        str | None,
+        typer.Option(help="Host name: make a self-signed certificate where none is there yet."),
+    ] = None,
+) -> None:
+    """Write the configuration of an nginx that runs elsewhere, from COMP_AI_NGINX_…."""
+    import os
+
+    from serve_app.cli.nginx import write
+
+    write(_settings(), os.environ, folder, placeholder_certificate)
+
+
 @app.command()
 def status(as_json: JsonOption = False) -> None:
     """Say what runs; exit code 1 if no completion can be served now."""

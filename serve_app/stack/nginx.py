@@ -14,7 +14,7 @@ import resource
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +29,12 @@ DEFAULTS: Mapping[str, str] = {
     "COMP_AI_NGINX_LISTEN": "127.0.0.1:8080",
     "COMP_AI_NGINX_SERVER": "_",
     "COMP_AI_NGINX_UPSTREAM": "127.0.0.1:3002",
+    "COMP_AI_NGINX_RESOLVER": "off",
+    "COMP_AI_NGINX_TLS_CERTIFICATE": "off",
+    "COMP_AI_NGINX_TLS_KEY": "off",
+    "COMP_AI_NGINX_PLAIN_LISTEN": "off",
+    "COMP_AI_NGINX_WEBROOT": "/var/empty",
+    "COMP_AI_NGINX_STATUS": "off",
     "COMP_AI_NGINX_PREFIX": "/api/v1/comp-ai",
     "COMP_AI_NGINX_MAX_BODY": "32m",
     "COMP_AI_NGINX_MAX_UPLOAD": "128m",
@@ -59,10 +65,16 @@ _ALLOWED: Mapping[str, tuple[re.Pattern[str], str]] = {
 _RAY_TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]+")
 # Beside nginx.conf; the template looks for it there.
 RAY_HEADER_FILE = "comp-ai-ray-token.conf"
-_VARIABLE = re.compile(r"\$\{(\w+)\}")
+_VARIABLE = re.compile(r"\$\{(\w+)(:servers)?\}")
+_CHOICE = re.compile(r"#\?\s*(!?)(\w*)")
+_OFF = "off"
 # One value must stay one word of nginx's language.
 _UNSAFE = re.compile(r"[\s;{}'\"$\\#]")
+_ADDRESS = re.compile(r"[A-Za-z0-9._-]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}")
+_NUMBERS = re.compile(r"[0-9.]+:|\[")
+_BOTH = "a file beside COMP_AI_NGINX_TLS_CERTIFICATE, or `off` for both"
 _MOST_FILES = 65_536
+_DRAIN_S = 30
 _MAIN = """\
 daemon off;
 {user}pid {work}/nginx.pid;
@@ -71,7 +83,7 @@ worker_processes auto;
 # A stream takes two connections, and one worker may get most of them.
 worker_rlimit_nofile {files};
 # A stream may go on for minutes: a reload or a stop waits for it, but not for ever.
-worker_shutdown_timeout 30s;
+worker_shutdown_timeout {drain_s}s;
 events {{ worker_connections {connections}; }}
 http {{
     client_body_temp_path {work}/body;
@@ -82,7 +94,8 @@ http {{
     default_type application/octet-stream;
     sendfile on;
     keepalive_timeout 75s;
-    include {work}/comp-ai.conf;
+    variables_hash_max_size 2048;
+    include {folder}/comp-ai.conf;
 }}
 """
 
@@ -123,6 +136,8 @@ def render(template: str, values: Mapping[str, str]) -> str:
         ConfigError: a value would break out of its place, or a name is not known.
     """
     known = {**DEFAULTS, **values}
+    if (known["COMP_AI_NGINX_TLS_CERTIFICATE"] == _OFF) != (known["COMP_AI_NGINX_TLS_KEY"] == _OFF):
+        raise ConfigError("COMP_AI_NGINX_TLS_KEY", known["COMP_AI_NGINX_TLS_KEY"], _BOTH)
 
     def value(match: re.Match[str]) -> str:
         name = match[1]
@@ -132,10 +147,35 @@ def render(template: str, values: Mapping[str, str]) -> str:
             raise ConfigError(name, known[name], "one word without spaces, quotes and ; { } $ # \\")
         if name in _ALLOWED and not _ALLOWED[name][0].fullmatch(known[name]):
             raise ConfigError(name, known[name], _ALLOWED[name][1])
-        return known[name]
+        return _servers(name, known) if match[2] else known[name]
 
-    code = "\n".join(line for line in template.splitlines() if not line.lstrip().startswith("#"))
-    return _VARIABLE.sub(value, code) + "\n"
+    return _VARIABLE.sub(value, "\n".join(_chosen(template, known))) + "\n"
+
+
+def _chosen(template: str, known: Mapping[str, str]) -> Iterator[str]:
+    """Yield the lines of code that hold for these values."""
+    holds = True
+    for line in template.splitlines():
+        if choice := _CHOICE.match(line):
+            negated, name = choice[1], choice[2]
+            if name and name not in known:
+                raise ConfigError(name, None, f"a known variable: {', '.join(DEFAULTS)}")
+            holds = not name or (known[name] == _OFF) == bool(negated)
+        elif holds and not line.lstrip().startswith("#"):
+            yield line
+
+
+def _servers(name: str, known: Mapping[str, str]) -> str:
+    addresses = known[name].split(",")
+    if not all(_ADDRESS.fullmatch(address) for address in addresses):
+        raise ConfigError(name, known[name], "addresses as host:port, with commas between")
+    # Of one gateway nothing is gained by calling it away. Of several, the next one is asked.
+    away = "max_fails=0" if len(addresses) == 1 else "max_fails=1 fail_timeout=5s"
+    asked = known["COMP_AI_NGINX_RESOLVER"] != _OFF
+    return " ".join(
+        f"server {address} {away}{' resolve' if asked and not _NUMBERS.match(address) else ''};"
+        for address in addresses
+    )
 
 
 def values_from(environ: Mapping[str, str]) -> dict[str, str]:
@@ -200,7 +240,7 @@ def prepare(
     work = Path(tempfile.mkdtemp(prefix="comp-ai-nginx-"))
     work.chmod(0o711)
     (work / "comp-ai.conf").write_text(server, encoding="utf-8")
-    (work / "nginx.conf").write_text(_main(work), encoding="utf-8")
+    (work / "nginx.conf").write_text(_main(work, work, _DRAIN_S), encoding="utf-8")
     nginx = Nginx(executable=binary(), work=work)
     try:
         if ray_token is not None and values.get("COMP_AI_NGINX_OAUTH2_PROXY"):
@@ -212,17 +252,47 @@ def prepare(
     return nginx
 
 
+def write(
+    values: Mapping[str, str],
+    folder: Path,
+    *,
+    work: Path = Path("/tmp"),  # noqa: S108  the nginx container's own
+    drain_s: float = 660.0,
+    ray_token: str | None = None,
+) -> None:
+    """Write the configuration into `folder`, for an nginx elsewhere that may write to `work`.
+
+    Told to stop, that nginx lets requests finish for `drain_s`.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+    server = render(TEMPLATE.read_text(encoding="utf-8"), values)
+    (folder / "comp-ai.conf").write_text(server, encoding="utf-8")
+    (folder / "nginx.conf").write_text(_main(folder, work, drain_s), encoding="utf-8")
+    (folder / RAY_HEADER_FILE).unlink(missing_ok=True)
+    if ray_token is not None and values.get("COMP_AI_NGINX_OAUTH2_PROXY"):
+        write_secret(folder / RAY_HEADER_FILE, _ray_token_header(ray_token))
+
+
 def _ray_token_header(token: str) -> str:
     if not _RAY_TOKEN.fullmatch(token):
         raise ConfigError("RAY_AUTH_TOKEN", "…", "letters, digits and . _ ~ + / = -")
     return f'proxy_set_header Authorization "Bearer {token}";\n'
 
 
-def _main(work: Path) -> str:
+def _main(folder: Path, work: Path, drain_s: float) -> str:
     # More than the hard limit cannot be had; a request body may need one beside its connections.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
-    return _MAIN.format(work=work, user=_user(), files=files, connections=files * 3 // 4)
+    return _MAIN.format(
+        folder=folder,
+        work=work,
+        user=_user(),
+        files=files,
+        connections=files * 3 // 4,
+        drain_s=round(drain_s),
+    )
 
 
 def _user() -> str:
