@@ -6,6 +6,7 @@ import json
 import socket
 import ssl
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -110,6 +111,14 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
     return files
 
 
+@pytest.fixture
+def webroot() -> Iterator[Path]:
+    # nginx's workers are somebody else, and may not look into tmp_path.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 def _handshake(port: int, certificate: Path, *, most: ssl.TLSVersion) -> tuple[Any, Any]:
     context = ssl.create_default_context(cafile=str(certificate))
     context.maximum_version = most
@@ -134,16 +143,12 @@ def test_tls_speaks_both_versions_and_http2(
 
 
 def test_plain_http_leads_to_https_but_for_the_challenges(
-    start: Any, gateways: Any, certificate: tuple[Path, Path], tmp_path: Path
+    start: Any, gateways: Any, certificate: tuple[Path, Path], tmp_path: Path, webroot: Path
 ) -> None:
     port, plain = pick_free(2)
     log = tmp_path / "access.log"
     log.touch(mode=0o666)
-    # nginx's workers are somebody else.
-    tmp_path.chmod(0o755)
-    for folder in tmp_path.parents[:2]:
-        folder.chmod(0o755)
-    challenges = tmp_path / ".well-known" / "acme-challenge"
+    challenges = webroot / ".well-known" / "acme-challenge"
     challenges.mkdir(parents=True)
     (challenges / "token").write_text("answer")
     start(
@@ -152,7 +157,7 @@ def test_plain_http_leads_to_https_but_for_the_challenges(
         tls_certificate=str(certificate[0]),
         tls_key=str(certificate[1]),
         plain_listen=f"127.0.0.1:{plain}",
-        webroot=str(tmp_path),
+        webroot=str(webroot),
         log=str(log),
     )
     with httpx.Client(trust_env=False, headers={"host": HOST}) as http:
