@@ -63,6 +63,13 @@ class RequestLogOptions(BaseModel):
         default_factory=RetentionPolicy,
         description="How long each class of data is kept; what is not named is kept for ever.",
     )
+    ended_keys_days: int | None = Field(
+        default=400,
+        ge=1,
+        le=36_500,
+        description="Days that an API key is kept after it was revoked or has expired; null is "
+        "for ever.",
+    )
 
 
 class RayLogMetrics:
@@ -153,7 +160,9 @@ class RequestLog:
         )
         await self._log.start()
         # Of several replicas one does it at a time.
-        self._upkeep = build_upkeep(settings, self._options.retention)
+        self._upkeep = build_upkeep(
+            settings, self._options.retention, self._options.ended_keys_days
+        )
         self._upkeep.start()
         self._counts = EngineCounts(
             build_pool(

@@ -12,11 +12,14 @@ from serve_app.accounts.partitions import partitions_task
 from serve_app.accounts.retention.policy import DataClass, RetentionPolicy
 from serve_app.accounts.retention.task import retention_task
 from serve_app.accounts.upkeep import Upkeep
+from serve_app.identity.key_sweep import key_sweep_task
 from serve_app.settings import Settings
 from serve_app.usage.folding import usage_tasks
 
 
-def build_upkeep(settings: Settings, retention: RetentionPolicy) -> Upkeep:
+def build_upkeep(
+    settings: Settings, retention: RetentionPolicy, ended_keys_days: int | None
+) -> Upkeep:
     """Return the upkeep with its tasks, not started."""
     metrics = RayUpkeepMetrics()
     tasks = [
@@ -25,6 +28,8 @@ def build_upkeep(settings: Settings, retention: RetentionPolicy) -> Upkeep:
         retention_task(retention, metrics),
         *usage_tasks(),
     ]
+    if ended_keys_days is not None:
+        tasks.append(key_sweep_task(ended_keys_days, metrics))
     return Upkeep(settings.postgres, tasks, metrics)
 
 
@@ -105,6 +110,10 @@ class RayUpkeepMetrics:
         for counter, count in ((self._dropped, partitions), (self._removed, rows)):
             if count:
                 counter.inc(count, {"data": data.value})
+
+    def ended_keys_removed(self, rows: int) -> None:
+        """See `KeySweepMetrics.ended_keys_removed`."""
+        self._removed.inc(rows, {"data": "api_keys"})
 
     def oldest_row_age_s(self, data: DataClass, seconds: float) -> None:
         """See `RetentionMetrics.oldest_row_age_s`."""

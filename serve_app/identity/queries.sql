@@ -80,6 +80,21 @@ from comp_ai.api_keys where id = $6;
 update comp_ai.api_keys set revoked_at = coalesce(revoked_at, $2)
 where id = $1 or replaced_by = $1;
 
+-- name: keep_out_holds
+-- Who sets a hold waits for the end of this: a hold that was answered is kept.
+lock table comp_ai.legal_holds in share mode;
+
+-- name: sweep_ended
+-- Keys that ended more than $1 days ago, and earlier secrets; none of a subject that is held. With
+-- a key go its earlier secrets.
+delete from comp_ai.api_keys
+where id = any(array(
+    select k.id from comp_ai.api_keys k
+    where least(k.revoked_at, k.expires_at) < now() - make_interval(days => $1)
+      and not exists (
+          select from comp_ai.legal_holds h where h.subject = k.owner and h.released_at is null)
+    limit $2));
+
 -- name: mark_used
 -- Several gateways write the same rows: taking the locks in one order keeps them from deadlock.
 with used as (

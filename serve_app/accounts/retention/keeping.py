@@ -25,7 +25,7 @@ DROP = "retention.drop"
 # Shorter than PostgreSQL's deadlock_timeout, so that in a deadlock it is we who give up.
 LOCK_TIMEOUT_S = 0.5
 _SWEEP_ROWS = 5000
-_SERVICE = Actor(id="retention", kind=SERVICE_ITSELF)
+SERVICE = Actor(id="retention", kind=SERVICE_ITSELF)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ async def expired(connection: asyncpg.Connection, policy: RetentionPolicy) -> li
 
 
 async def apply(
-    connection: asyncpg.Connection, policy: RetentionPolicy, by: Actor = _SERVICE
+    connection: asyncpg.Connection, policy: RetentionPolicy, by: Actor = SERVICE
 ) -> AsyncIterator[Expired]:
     """Remove what is past its time and yield each removal, which is in the audit log then.
 
