@@ -21,16 +21,16 @@ create unique index legal_holds_in_force on comp_ai.legal_holds (subject)
 create schema if not exists comp_ai_keys;
 
 create table comp_ai_keys.erasures (
-    id             uuid         primary key,
-    tag            bytea        not null check (octet_length(tag) = 32),
-    master_key_id  text         not null,
-    pseudonym      text         not null unique,
-    erased_at      timestamptz  not null,
-    finished_at    timestamptz
+    id           uuid         primary key,
+    tag          bytea        not null check (octet_length(tag) = 32),
+    pseudonym    text         not null unique,
+    erased_at    timestamptz  not null,
+    finished_at  timestamptz
 );
 
 comment on column comp_ai_keys.erasures.tag is
-    'HMAC-SHA-256 of the subject, under a key derived from the master key: the row names nobody';
+    'HMAC-SHA-256 of the subject, under a key of the service that the master key wraps: the row '
+    'names nobody';
 comment on column comp_ai_keys.erasures.pseudonym is 'random; stands in the place of the subject';
 comment on column comp_ai_keys.erasures.erased_at is
     'what was made until then is erased; what the subject does afterwards is its own again';

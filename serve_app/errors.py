@@ -17,6 +17,7 @@
         ├── BodyTimeout          408
         ├── IdempotencyConflict  409
         │   └── AnswerNotKept
+        ├── UnderLegalHold       409
         ├── BodyTooLarge         413
         ├── UnsupportedMediaType 415
         ├── IdempotencyMismatch  422
@@ -268,6 +269,16 @@ class AnswerNotKept(IdempotencyConflict):
     cause = "the answer was longer than `max_stored_bytes`, so it could go out only once"
     remedy = "send it with a new key, and it is generated again"
     retry_after: ClassVar[str | None] = None
+
+
+class UnderLegalHold(RequestError):
+    """The subject is under a legal hold, so nothing of it is erased. Release the hold first."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "legal_hold"
+    cause = "an erasure of somebody whose data must stay, see [legal holds](data-rights.md)"
+    remedy = "release the hold, if its reason is gone; then ask again"
 
 
 class BodyTooLarge(RequestError):

@@ -3,7 +3,8 @@
 A batch is copied into staging tables and inserted from there in one transaction, with
 `on conflict do nothing`: repeating a batch after a lost answer adds nothing. The refusals of a
 permission among them go into the audit log in the same transaction, so each is there once too.
-Texts are sealed in that transaction, too, with keys that nobody destroys before it ends.
+Texts are sealed in that transaction, too, with keys that nobody destroys before it ends; records
+of a subject that was erased since they were made lose text and name.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from serve_app.accounts.sealing.subject_keys import SubjectKeys
 from serve_app.audit.log import AuditLog
 from serve_app.audit.refusals import refusal_act
 from serve_app.records import RequestRecord
+from serve_app.subjects.erasures import without_erased
 
 _BODY_COLUMNS = ("id", "created_at", "key_id", "sealed")
 _COLUMNS = tuple(
@@ -87,6 +89,7 @@ async def _write_together(
     connection: asyncpg.Connection, records: Sequence[RequestRecord], keys: SubjectKeys
 ) -> int:
     async with connection.transaction():
+        records = await without_erased(connection, keys, records)
         await connection.copy_records_to_table(
             "staged_requests", columns=_COLUMNS, records=[_row(record) for record in records]
         )
