@@ -32,12 +32,10 @@ from serve_app.identity.authenticator import build_authenticator
 from serve_app.lazy_pool import build_pool
 from serve_app.log_setup import log_as_json
 from serve_app.queueing.pool import QueuedPool
+from serve_app.read_pool import build_read_pool
 from serve_app.request_line import RequestLines
 from serve_app.settings import load_settings
 from serve_app.stored.sweeper import Sweeper
-
-# Connections of one gateway to PostgreSQL, beside those that look up API keys.
-_POOL_SIZE = 8
 
 
 class GatewayArgs(BaseModel):
@@ -97,8 +95,11 @@ class Gateway:
             lines=RequestLines(sys.stdout),
             session=new_session(),
             database=build_pool(
-                settings.postgres, application_name="comp-ai-gateway", max_size=_POOL_SIZE
+                settings.postgres,
+                application_name="comp-ai-gateway",
+                max_size=settings.postgres.pool_size,
             ),
+            reports=build_read_pool(settings.postgres, application_name="comp-ai-reports"),
             defaults=Defaults(settings.service.max_tokens, settings.service.temperature),
         )
         self._masters = MasterKeys.of(settings.sealing)

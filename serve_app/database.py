@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -94,14 +94,23 @@ async def connect(
 
 
 async def create_pool(
-    settings: PostgresSettings, *, min_size: int, max_size: int, application_name: str
+    settings: PostgresSettings,
+    *,
+    min_size: int,
+    max_size: int,
+    application_name: str,
+    statement_timeout_s: float = STATEMENT_TIMEOUT_S,
+    server_settings: Mapping[str, str] | None = None,
 ) -> asyncpg.Pool:
     """Open a pool; `min_size` connections are made at once, 0 defers every failure.
+
+    `server_settings` hold in its sessions beside our own.
 
     Raises:
         DatabaseUnavailable: no server there, or it refuses us; says which and why.
     """
-    arguments = _arguments(settings, application_name, STATEMENT_TIMEOUT_S, CONNECT_TIMEOUT_S)
+    arguments = _arguments(settings, application_name, statement_timeout_s, CONNECT_TIMEOUT_S)
+    arguments["server_settings"] |= server_settings or {}
     try:
         return await asyncpg.create_pool(min_size=min_size, max_size=max_size, **arguments)
     except CONNECT_ERRORS as error:
@@ -132,14 +141,26 @@ def _arguments(
 
 
 def _ssl(settings: PostgresSettings) -> bool | str | ssl.SSLContext:
-    """Translate libpq's sslmode; the CAs are the system's, or those of SSL_CERT_FILE."""
+    """Translate libpq's sslmode; the CAs are those of POSTGRES_SSLROOTCERT or the system's.
+
+    Raises:
+        DatabaseUnavailable: POSTGRES_SSLROOTCERT can be read no more.
+    """
     if settings.sslmode == "disable" or settings.host.startswith("/"):
         return False  # libpq does not encrypt a Unix socket either
     if settings.sslmode in ("prefer", "require"):
         return settings.sslmode
-    context = ssl.create_default_context()
+    context = _trusting(settings.sslrootcert)
     context.check_hostname = settings.sslmode == "verify-full"
     return context
+
+
+def _trusting(file: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=file)
+    except OSError as error:  # ssl.SSLError is among its subclasses
+        name = type(error).__name__
+        raise DatabaseUnavailable(f"POSTGRES_SSLROOTCERT cannot be read: {name}.") from error
 
 
 def _explain(error: Exception, settings: PostgresSettings) -> str:

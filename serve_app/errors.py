@@ -34,6 +34,7 @@
         │   ├── IdentityUnavailable
         │   ├── LimitsUnavailable
         │   ├── StoreUnavailable
+        │   │   └── QueryTooSlow
         │   ├── LogUnavailable
         │   └── LogFull
         └── DeadlineExceeded     504
@@ -459,6 +460,14 @@ class StoreUnavailable(Unavailable):
     cause = "PostgreSQL is away, and the request needs what is kept there"
     remedy = "wait"
     retry_after = "mostly until the next try of ours"
+
+
+class QueryTooSlow(StoreUnavailable):
+    """The question took too long to answer. Ask for a shorter time, or for less."""
+
+    code = "query_too_slow"
+    cause = "a statement took longer than `POSTGRES_READ_TIMEOUT_S`"
+    remedy = "ask for a shorter time, or name a principal, key or model"
 
 
 class LogUnavailable(Unavailable):

@@ -25,6 +25,7 @@ from serve_app.refusals import add_refusals
 from serve_app.responses_api import add_responses
 from serve_app.routing import SIGNED_IN, Direct, GetGateway
 from serve_app.timing import TotalTiming
+from serve_app.usage.http import add_usage
 
 _READY_TIMEOUT_S = 5.0
 
@@ -57,6 +58,7 @@ def create_app(gateway: GetGateway, checks: Callable[[], list[Check]]) -> FastAP
     add_keys(app, gateway)
     add_me(app, gateway)
     add_audit(app, gateway)
+    add_usage(app, gateway)
     _add_health(app, checks)
     _add_docs(app)
     add_refusals(app, gateway)

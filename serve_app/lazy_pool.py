@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import asyncpg
 
+from serve_app.backoff import Backoff
 from serve_app.database import CONNECT_ERRORS, DatabaseUnavailable, create_pool
 from serve_app.errors import InvalidRequest, StoreUnavailable, Unavailable
 from serve_app.settings import PostgresSettings
@@ -28,12 +29,15 @@ Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 class LazyPool:
     """Lets the gateway start, and go on, while PostgreSQL is away.
 
-    After a failure nothing is tried for `retry_s`, doubled up to `max_retry_s`, so that requests
-    are answered at once instead of each waiting for a dead host.
+    After a failure nothing is tried for up to `retry_s`, doubled up to `max_retry_s`, so that
+    requests are answered at once instead of each waiting for a dead host. How long exactly is
+    left to chance, so that the gateways do not all come back at once.
 
     Args:
         connect: opens the pool; called again after a failure.
         unavailable: what is raised while PostgreSQL is away.
+        too_slow: what is raised where a statement was ended because it took too long; without it
+            that is as if PostgreSQL were away.
         name: whose pool it is, in the log.
         timeout_s: limit of one use of a connection, opening included.
         clock: monotonic seconds.
@@ -44,18 +48,19 @@ class LazyPool:
         connect: Callable[[], Awaitable[Pool]],
         *,
         unavailable: type[Unavailable] = StoreUnavailable,
+        too_slow: type[Unavailable] | None = None,
         name: str = "store",
         timeout_s: float = 3.0,
-        retry_s: float = 0.5,
-        max_retry_s: float = 4.0,
+        retry_s: float = 1.0,
+        max_retry_s: float = 8.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connect = connect
         self._unavailable = unavailable
+        self._too_slow = too_slow
         self._name = name
         self._timeout_s = timeout_s
-        self._first_retry_s = retry_s
-        self._max_retry_s = max_retry_s
+        self._backoff = Backoff(retry_s, max_retry_s)
         self._clock = clock
         self._pool: Pool | None = None
         self._opening = asyncio.Lock()
@@ -82,6 +87,8 @@ class LazyPool:
         except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
             raise InvalidRequest("The database refuses these values.") from error
         except (DatabaseUnavailable, asyncpg.InternalClientError, *CONNECT_ERRORS) as error:
+            if self._too_slow is not None and isinstance(error, asyncpg.QueryCanceledError):
+                raise self._too_slow from error
             self._note_failure(error)
             raise self._unavailable(retry_after_s=self._retry_s) from error
         self._note_success()
@@ -113,9 +120,7 @@ class LazyPool:
             raise self._unavailable(retry_after_s=self._retry_s)
 
     def _note_failure(self, error: Exception) -> None:
-        self._retry_s = (
-            min(self._retry_s * 2, self._max_retry_s) if self._down else self._first_retry_s
-        )
+        self._retry_s = self._backoff.next_s()
         self._closed_until = self._clock() + self._retry_s
         if not self._down:
             # The class only: a PostgreSQL message may quote the values of the query.
@@ -135,6 +140,7 @@ class LazyPool:
                 extra={"action": f"{self._name}_database_up"},
             )
         self._down = False
+        self._backoff.reset()
 
 
 def build_pool(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Collection, Sequence
+from datetime import datetime
 from typing import Any
 
 import orjson
@@ -10,6 +12,7 @@ from starlette.requests import Request
 
 from serve_app.completions.parts import Document
 from serve_app.errors import InvalidRequest, UnsupportedParameter
+from serve_app.times import parse_time
 
 ORDERS = ("asc", "desc")
 
@@ -42,7 +45,35 @@ class Query:
 
     def text(self, name: str) -> str | None:
         """Return a text; an empty one is none."""
-        return self._parameters.get(name) or None
+        value = self._parameters.get(name) or None
+        if value is not None and "\x00" in value:
+            raise InvalidRequest(f"`{name}` holds a character that no text here has.", param=name)
+        return value
+
+    def time(self, name: str) -> datetime | None:
+        """Return a time; one without a zone is in UTC."""
+        value = self.text(name)
+        try:
+            return None if value is None else parse_time(value)
+        except (ValueError, OverflowError):
+            message = f"`{name}` must be a time as ISO 8601 writes it: 2026-01-31T12:00:00Z."
+            raise InvalidRequest(message, param=name) from None
+
+    def uuid(self, name: str) -> uuid.UUID | None:
+        """Return a UUID."""
+        value = self.text(name)
+        try:
+            return None if value is None else uuid.UUID(value)
+        except ValueError:
+            raise InvalidRequest(f"`{name}` must be a UUID.", param=name) from None
+
+    def one_of(self, name: str, allowed: Collection[str]) -> str | None:
+        """Return one of the `allowed` words."""
+        value = self.text(name)
+        if value is not None and value not in allowed:
+            message = f"`{name}` must be one of {', '.join(allowed)}."
+            raise InvalidRequest(message, param=name)
+        return value
 
     def newest_first(self) -> bool:
         """Return whether `order` is `desc`, which it is where it is not named."""
@@ -72,6 +103,12 @@ def query_docs(*parameters: tuple[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+_TIME = {"type": "string", "format": "date-time"}
+SINCE: dict[str, Any] = {**_TIME, "description": "First moment; in UTC where it names no zone."}
+UNTIL: dict[str, Any] = {
+    **_TIME,
+    "description": "First moment after the last one that is wanted.",
+}
 AFTER: tuple[str, dict[str, Any]] = (
     "after",
     {"type": "string", "description": "Id of the object that the page before ended with."},

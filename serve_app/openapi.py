@@ -27,6 +27,10 @@ _HEADERS: dict[str, dict[str, Any]] = {
         "description": "Seconds to wait before the next try.",
         "schema": {"type": "integer", "minimum": 1},
     },
+    "Link": {
+        "description": "The next page, where there is one (`rel=next`).",
+        "schema": {"type": "string"},
+    },
     "Allow": {"schema": {"type": "string"}},
     "Idempotent-Replayed": {
         "description": "On an answer that was kept for a retry.",

@@ -8,6 +8,7 @@ that holds it. Nothing is read at import: call `load_settings()` once and pass t
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
@@ -19,6 +20,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -156,6 +158,60 @@ class PostgresSettings(_Settings):
         alias="POSTGRES_SSLMODE",
         description="How the connection is encrypted, in libpq's words.",
     )
+    sslrootcert: Path | None = Field(
+        default=None,
+        alias="POSTGRES_SSLROOTCERT",
+        description="File of the CAs that verify-ca and verify-full trust, in PEM.",
+    )
+    pool_size: int = Field(
+        default=8,
+        ge=1,
+        le=1000,
+        alias="POSTGRES_POOL_SIZE",
+        description="Most connections of one gateway for what requests need.",
+    )
+    read_host: str | None = Field(
+        default=None,
+        alias="POSTGRES_READ_HOST",
+        description="Host name of a read replica, for usage and searches.",
+    )
+    read_port: Port | None = Field(
+        default=None,
+        alias="POSTGRES_READ_PORT",
+        description="Port of the read replica; POSTGRES_PORT where not set.",
+    )
+    read_pool_size: int = Field(
+        default=4,
+        ge=1,
+        le=1000,
+        alias="POSTGRES_READ_POOL_SIZE",
+        description="Most connections of one gateway for usage and searches.",
+    )
+    read_timeout_s: float = Field(
+        default=10.0,
+        gt=0,
+        le=3600,
+        alias="POSTGRES_READ_TIMEOUT_S",
+        description="Longest time for one statement of usage and searches.",
+    )
+
+    @field_validator("sslrootcert")
+    @classmethod
+    def _holds_certificates(cls, file: Path | None) -> Path | None:
+        if file is not None:
+            try:
+                ssl.create_default_context(cafile=file)
+            except OSError as error:  # ssl.SSLError is among its subclasses
+                name = type(error).__name__
+                raise ValueError(f"a readable file of certificates in PEM ({name})") from None
+        return file
+
+    @property
+    def read_replica(self) -> PostgresSettings | None:
+        """How to reach the read replica, or None where there is none."""
+        if self.read_host is None:
+            return None
+        return self.model_copy(update={"host": self.read_host, "port": self.read_port or self.port})
 
 
 class OidcSettings(_Settings):

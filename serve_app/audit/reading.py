@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -49,16 +49,6 @@ async def read_page(
         text, wanted.actor, wanted.action, wanted.since, wanted.until, page.after, page.limit
     )
     return [_to_json(row) for row in rows]
-
-
-def parse_time(text: str) -> datetime:
-    """Return the time in ISO 8601 that `text` is; without a zone it is in UTC.
-
-    Raises:
-        ValueError: it is none, or no time that PostgreSQL knows.
-    """
-    time = datetime.fromisoformat(text)
-    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
 
 
 def _to_json(row: asyncpg.Record) -> dict[str, Any]:

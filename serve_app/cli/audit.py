@@ -16,11 +16,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from serve_app.audit.chain import Link
-from serve_app.audit.reading import AuditFilter, AuditPage, parse_time, read_page
+from serve_app.audit.reading import AuditFilter, AuditPage, read_page
 from serve_app.audit.verify import Verdict, read_checkpoint, verify, write_checkpoint
 from serve_app.cli.connection import connected
 from serve_app.errors import ConfigError
 from serve_app.settings import PostgresSettings
+from serve_app.times import parse_time
 
 
 async def show(

@@ -105,6 +105,7 @@ class Gateway:
         await self.parts.models.close()
         await self.parts.session.close()
         await self.parts.database.close()
+        await self.parts.reports.close()
 
     async def _answer(self, call: Call, serving: Coroutine[Any, Any, None]) -> None:
         """Run `serving` until it ends or the client is gone; finish; send the last byte.

@@ -17,6 +17,7 @@ from serve_app.identity.principal import Authenticator, Principal
 from serve_app.lazy_pool import LazyPool
 from serve_app.metrics import GatewayMetrics
 from serve_app.queueing.pool import QueuedPool
+from serve_app.read_pool import ReadPool
 from serve_app.request_line import RequestLines
 
 # Starts a task that outlives the call and that the gateway waits for when it closes.
@@ -58,6 +59,8 @@ class Parts:
     session: aiohttp.ClientSession
     # For what is kept between requests; the credentials have a pool of their own.
     database: LazyPool
+    # For usage and searches, which may take long.
+    reports: ReadPool
     defaults: Defaults
 
 

@@ -48,6 +48,7 @@ from serve_app.lazy_pool import LazyPool, Pool, build_pool
 from serve_app.limits.book import LimitBook
 from serve_app.metrics import NoMetrics
 from serve_app.queueing.pool import QueuedPool
+from serve_app.read_pool import ReadPool, build_read_pool
 from serve_app.records import PrincipalKind, RequestRecord
 from serve_app.replica import LeaseBook, LeaseDoor, ReplicaServer, Slot
 from serve_app.request_line import RequestLines
@@ -348,6 +349,9 @@ class World:
         authenticator: FakeAuthenticator | None,
     ) -> None:
         self.database = _no_database() if database is None else _pool(database)
+        self.reports = ReadPool(self.database)
+        if database is not None:
+            self.reports = build_read_pool(database, application_name="tests-reports")
         self.events: list[str] = []
         self.replica = FakeReplica("replica-1", speed, engine_app)
         more = [FakeReplica(f"replica-{n}", speed, None) for n in range(2, replicas + 1)]
@@ -373,6 +377,7 @@ class World:
             lines=RequestLines(self.lines),
             session=new_session(),
             database=self.database,
+            reports=self.reports,
             defaults=Defaults(max_tokens=4096, temperature=0.7),
         )
 

@@ -465,7 +465,8 @@ async def test_pool_is_not_tried_again_at_once() -> None:
 
     await asyncio.gather(*(attempt() for _ in range(20)))
     assert attempts == 1
-    for wait_s, expected in ((0.9, 1), (0.2, 2), (1.5, 2), (0.6, 3), (2.1, 4)):
+    # Half of each wait is left to chance: 0.5 to 1 s, then 1 to 2 s.
+    for wait_s, expected in ((0.4, 1), (0.7, 2), (0.9, 2), (1.2, 3), (2.1, 4)):
         clock.time += wait_s
         await attempt()
         assert attempts == expected
