@@ -68,8 +68,8 @@ class Query:
             raise InvalidRequest(f"`{name}` must be a UUID.", param=name) from None
 
     def one_of(self, name: str, allowed: Collection[str]) -> str | None:
-        """Return one of the `allowed` words."""
-        value = self.text(name)
+        """Return one of the `allowed` words; an empty one is none of them."""
+        value = self._parameters.get(name)
         if value is not None and value not in allowed:
             message = f"`{name}` must be one of {', '.join(allowed)}."
             raise InvalidRequest(message, param=name)

@@ -22,6 +22,7 @@ from serve_app.records import Outcome, RequestRecord, new_id, utc_now
 from serve_app.settings import PostgresSettings
 from serve_app.usage.folding import fold
 from tests.integration.fakes import World, client, principal, world
+from tests.sealing import subject_keys
 
 AUDITOR = "key-of-an-auditor"
 KEY_ID = uuid.UUID(int=7)
@@ -53,15 +54,16 @@ def records(count: int, seed: int) -> list[RequestRecord]:
 
 
 RECORDS = records(400, seed=1)
+KEYS = subject_keys()
 
 
 @pytest.fixture
 async def filled(connection: asyncpg.Connection) -> None:
     """Most of it folded, a part still pending."""
     await writer.prepare_session(connection)
-    await writer.write(connection, RECORDS[:300])
+    await writer.write(connection, RECORDS[:300], KEYS)
     await fold(connection)
-    await writer.write(connection, RECORDS[300:])
+    await writer.write(connection, RECORDS[300:], KEYS)
 
 
 @pytest.fixture
@@ -202,7 +204,7 @@ async def test_pages_are_the_whole_while_more_comes(
         page = response.json()
         seen += [row["id"] for row in page["data"]]
         # What comes meanwhile adds to groups, and to those that were read already.
-        await writer.write(connection, records(1, seed=len(seen)))
+        await writer.write(connection, records(1, seed=len(seen)), KEYS)
         await fold(connection)
         if not page["has_more"]:
             assert "link" not in response.headers
@@ -298,7 +300,7 @@ async def test_the_last_days_are_read_where_no_time_is_named(
         outcome=Outcome.COMPLETED,
         principal_id="user-1",
     )
-    await writer.write(connection, [record])
+    await writer.write(connection, [record], KEYS)
     for group_by in ("day", "hour", "minute", "model"):
         response = await http.get("/v1/usage", params={"group_by": group_by})
         assert [row["requests"] for row in response.json()["data"]] == [1]

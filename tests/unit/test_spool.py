@@ -151,7 +151,7 @@ async def test_batch_is_bounded_in_bytes(spool: Spool) -> None:
     for _ in range(4):
         await spool.append(_record("x" * 2000))
     assert len(await spool.batch(10, max_bytes=1)) == 1
-    assert len(await spool.batch(10, max_bytes=5500)) == 2
+    assert len(await spool.batch(10, max_bytes=3000)) == 2
 
 
 async def test_full_disk_fails_the_affected_appends_and_no_others(tmp_path: Path) -> None:
