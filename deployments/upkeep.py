@@ -12,6 +12,7 @@ from serve_app.accounts.partitions import partitions_task
 from serve_app.accounts.retention.policy import DataClass, RetentionPolicy
 from serve_app.accounts.retention.task import retention_task
 from serve_app.accounts.upkeep import Upkeep
+from serve_app.backup.watch import backup_task
 from serve_app.identity.key_sweep import key_sweep_task
 from serve_app.settings import Settings
 from serve_app.usage.folding import usage_tasks
@@ -27,6 +28,7 @@ def build_upkeep(
         drift_task(metrics),
         retention_task(retention, metrics),
         *usage_tasks(),
+        backup_task(settings.backup.path_below(settings.service.home_path), metrics),
     ]
     if ended_keys_days is not None:
         tasks.append(key_sweep_task(ended_keys_days, metrics))
@@ -84,6 +86,9 @@ class RayUpkeepMetrics:
         self._oldest = KeptGauge(
             "comp_ai_oldest_row_age_s", "Age of the oldest row of a class of data, s.", ("data",)
         )
+        self._backup_age = KeptGauge(
+            "comp_ai_backup_age_s", "Age of the newest backup that was read back, s."
+        )
         self._drift = KeptGauge(
             "comp_ai_accounting_drift_ratio",
             "Tokens that the log has too many, as a part of what the engines counted; "
@@ -124,6 +129,12 @@ class RayUpkeepMetrics:
         self._drift.forget()
         for model, ratio in ratios.items():
             self._drift.set(ratio, model)
+
+    def backup_age_s(self, seconds: float | None) -> None:
+        """See `BackupMetrics.backup_age_s`."""
+        self._backup_age.forget()
+        if seconds is not None:
+            self._backup_age.set(seconds)
 
     def upkeep_goes_on(self) -> None:
         """See `UpkeepMetrics.upkeep_goes_on`."""

@@ -348,6 +348,47 @@ class SealingSettings(_Settings):
     )
 
 
+class BackupSettings(_Settings):
+    """Where backups of the accounts lie, and which of them are kept."""
+
+    folder: Path | None = Field(
+        default=None,
+        alias="COMP_AI_BACKUP_PATH",
+        description="Folder of the backups; `<COMP_AI_HOME>/backups` where it is not set.",
+    )
+    programs: Path | None = Field(
+        default=None,
+        alias="COMP_AI_BACKUP_PROGRAMS",
+        description="Folder of pg_dump and pg_restore, not older than the server; where it is "
+        "not set, those of the embedded server, else of PATH.",
+    )
+    daily: int = Field(
+        default=7,
+        ge=0,
+        le=10_000,
+        alias="COMP_AI_BACKUP_DAILY",
+        description="Days that keep their newest backup.",
+    )
+    weekly: int = Field(
+        default=4,
+        ge=0,
+        le=10_000,
+        alias="COMP_AI_BACKUP_WEEKLY",
+        description="Weeks that keep their newest backup.",
+    )
+    monthly: int = Field(
+        default=12,
+        ge=0,
+        le=10_000,
+        alias="COMP_AI_BACKUP_MONTHLY",
+        description="Months that keep their newest backup.",
+    )
+
+    def path_below(self, home: Path) -> Path:
+        """Return the folder of the backups of an installation whose data is in `home`."""
+        return home / "backups" if self.folder is None else self.folder.expanduser().resolve()
+
+
 class Settings(_Settings):
     """All settings of one process."""
 
@@ -355,6 +396,7 @@ class Settings(_Settings):
     postgres: PostgresSettings = PostgresSettings()
     oidc: OidcSettings = OidcSettings()
     sealing: SealingSettings = SealingSettings()
+    backup: BackupSettings = BackupSettings()
     further_issuers: tuple[LoadedIssuer, ...] = ()
 
 
@@ -363,6 +405,7 @@ GROUPS: dict[str, type[BaseModel]] = {
     "postgres": PostgresSettings,
     "oidc": OidcSettings,
     "sealing": SealingSettings,
+    "backup": BackupSettings,
 }
 
 
@@ -379,6 +422,7 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         postgres=_load(PostgresSettings, env),
         oidc=oidc,
         sealing=_load(SealingSettings, env),
+        backup=_load(BackupSettings, env),
         further_issuers=_load_issuers(oidc, env),
     )
 
