@@ -85,6 +85,10 @@ FORGED: dict[str, Callable[[Issuer], str]] = {
     "jku": lambda i: sign(good_claims(i), ATTACKER_KEY, kid="x", jku=f"{i.url}/evil"),
     "x5u": lambda i: sign(good_claims(i), ATTACKER_KEY, kid="x", x5u=f"{i.url}/evil"),
     "jwk": lambda i: sign(good_claims(i), ATTACKER_KEY, jwk=public_jwk(ATTACKER_KEY, "rsa")),
+    # Our own key stands at the address, or in the header: who looked there would be content.
+    "jku beside a good signature": lambda i: sign(good_claims(i), jku=f"{i.url}/jwks"),
+    "x5u beside a good signature": lambda i: sign(good_claims(i), x5u=f"{i.url}/evil"),
+    "jwk beside a good signature": lambda i: sign(good_claims(i), jwk=public_jwk(RSA_KEY, "rsa")),
     "x5c": lambda i: sign(good_claims(i), x5c=["MIIB"]),
     # The form.
     "crit": lambda i: sign(good_claims(i), crit=["exp"]),
