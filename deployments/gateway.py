@@ -86,6 +86,7 @@ class Gateway:
         metrics = RayGatewayMetrics()
         self._models = QueuedPool(RayModelPool(), metrics)
         self._models.start()
+        self._masters = MasterKeys.of(settings.sealing)
         self._parts = Parts(
             authenticator=self._authenticator,
             limits=self._limits,
@@ -101,8 +102,8 @@ class Gateway:
             ),
             reports=build_read_pool(settings.postgres, application_name="comp-ai-reports"),
             defaults=Defaults(settings.service.max_tokens, settings.service.temperature),
+            masters=self._masters,
         )
-        self._masters = MasterKeys.of(settings.sealing)
         self._sweeper = Sweeper(self._parts.database)
         self._sweeper.start()
         self._journal = PolicyJournal(self._parts.database)

@@ -24,6 +24,7 @@ from serve_app.openapi import DESCRIPTION, completed, completion_docs
 from serve_app.refusals import add_refusals
 from serve_app.responses_api import add_responses
 from serve_app.routing import SIGNED_IN, Direct, GetGateway
+from serve_app.search.http import add_search
 from serve_app.timing import TotalTiming
 from serve_app.usage.http import add_usage
 
@@ -59,6 +60,7 @@ def create_app(gateway: GetGateway, checks: Callable[[], list[Check]]) -> FastAP
     add_me(app, gateway)
     add_audit(app, gateway)
     add_usage(app, gateway)
+    add_search(app, gateway)
     _add_health(app, checks)
     _add_docs(app)
     add_refusals(app, gateway)

@@ -84,13 +84,18 @@ class Query:
 
     def limit(self, most: int, default: int) -> int:
         """Return `limit`, a whole number from 1 to `most`."""
-        value = self._parameters.get("limit")
+        number = self.number("limit", 1, most)
+        return default if number is None else number
+
+    def number(self, name: str, least: int, most: int) -> int | None:
+        """Return a whole number from `least` to `most`."""
+        value = self._parameters.get(name)
         if value is None:
-            return default
+            return None
         good = value.isascii() and value.isdigit() and len(value) <= len(str(most))
-        if not good or not 1 <= int(value) <= most:
-            message = f"`limit` must be a whole number from 1 to {most}."
-            raise InvalidRequest(message, param="limit")
+        if not good or not least <= int(value) <= most:
+            message = f"`{name}` must be a whole number from {least} to {most}."
+            raise InvalidRequest(message, param=name)
         return int(value)
 
 

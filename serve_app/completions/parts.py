@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 from starlette.requests import Request
 
+from serve_app.accounts.sealing.master_keys import MasterKeys
 from serve_app.completions.body import Defaults
 from serve_app.config import Standing
 from serve_app.contracts import LimitKeeper, RecordSink
@@ -62,6 +63,8 @@ class Parts:
     # For usage and searches, which may take long.
     reports: ReadPool
     defaults: Defaults
+    # What the keys of subjects are wrapped with.
+    masters: MasterKeys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,6 +53,7 @@ from serve_app.records import PrincipalKind, RequestRecord
 from serve_app.replica import LeaseBook, LeaseDoor, ReplicaServer, Slot
 from serve_app.request_line import RequestLines
 from serve_app.settings import PostgresSettings, load_settings
+from tests.sealing import MASTERS
 
 HOST = "127.0.0.1"
 KEY = "key-of-a-user"
@@ -379,6 +380,7 @@ class World:
             database=self.database,
             reports=self.reports,
             defaults=Defaults(max_tokens=4096, temperature=0.7),
+            masters=MASTERS,
         )
 
     @property

@@ -95,6 +95,8 @@ def test_only_what_a_client_may_call_is_documented(document: dict[str, Any]) -> 
         "/v1/me",
         "/v1/usage",
         "/admin/usage",
+        "/admin/requests",
+        "/admin/requests/{id}",
         "/admin/audit",
         "/v1/files",
         "/v1/files/{file_id}",
