@@ -156,9 +156,9 @@ def libpq_environment(settings: PostgresSettings) -> dict[str, str]:
     }
     if settings.password is not None:
         environ["PGPASSWORD"] = settings.password.get_secret_value()
-    authorities = os.environ.get("SSL_CERT_FILE") or ssl.get_default_verify_paths().cafile
+    authorities = settings.sslrootcert or ssl.get_default_verify_paths().cafile
     if settings.sslmode in ("verify-ca", "verify-full") and authorities is not None:
-        environ["PGSSLROOTCERT"] = authorities
+        environ["PGSSLROOTCERT"] = str(authorities)
     return environ
 
 

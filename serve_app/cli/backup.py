@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import asyncpg
 import typer
 from rich.filesize import decimal
 
+from serve_app.accounts.sealing.master_keys import MasterKeys
 from serve_app.audit.act import Actor
 from serve_app.backup.contents import query, read_contents
 from serve_app.backup.create import Backups, session
@@ -27,9 +29,11 @@ from serve_app.backup.scheme import KeepScheme
 from serve_app.backup.scratch import given_database, scratch_database
 from serve_app.backup.trial import Drilled, Scratch, drill, verify_deep, verify_file
 from serve_app.settings import BackupSettings, Settings
-from serve_app.stack.accounts import MIGRATIONS, is_embedded
+from serve_app.stack.accounts import MIGRATIONS, is_embedded, master_keys_of
+from serve_app.stack.home import Home
 from serve_app.stack.postgres import EmbeddedPostgres
 from serve_app.stack.standalone import AccountsServer, accounts_server
+from serve_app.subjects.erasing import reapply_erasures
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +56,16 @@ class _Place:
             programs=self.backups.programs,
             ring=ring,
             migrations=MIGRATIONS,
-            reapply=_reapply,
+            reapply=partial(reapply_erasures, masters=self._masters(ring)),
             actor=self.backups.actor,
         )
+
+    def _masters(self, ring: KeyRing | None) -> MasterKeys:
+        """Return the master keys, which must be there where something was erased."""
+        if ring is None or not ring.rows.get("erasures"):
+            return MasterKeys([])
+        home = Home(self.settings.service.home_path)
+        return master_keys_of(self.settings, home, os.environ)
 
 
 async def create(settings: Settings, *, as_json: bool) -> None:
@@ -219,15 +230,6 @@ async def _backup_before(place: _Place, connection: asyncpg.Connection) -> str |
     backups = replace(place.backups, folder=folder)
     manifest = await backups.create(place.server.postgres)
     return str(folder.manifest(manifest.name))
-
-
-async def _reapply(connection: asyncpg.Connection) -> int:
-    """Do again what was erased since the backup."""
-    if await connection.fetchval("select to_regclass('comp_ai_keys.erasures')") is None:
-        return 0
-    if await connection.fetchval("select exists (select from comp_ai_keys.erasures)"):
-        raise BackupError("The key ring has erasures, which this release cannot do again.")
-    return 0
 
 
 def _programs(settings: Settings) -> Path | None:

@@ -11,12 +11,14 @@ import signal
 import stat
 import subprocess
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 
+from serve_app.accounts.bodies import open_bodies
 from serve_app.audit.act import Actor
 from serve_app.audit.verify import verify
 from serve_app.backup.contents import count_rows, query, read_contents
@@ -35,9 +37,12 @@ from serve_app.database import connect
 from serve_app.errors import ConfigError
 from serve_app.records import new_id
 from serve_app.settings import PostgresSettings
+from serve_app.subjects.erasing import Eraser, reapply_erasures
 from tests.integration.command_line import COMP_AI, comp_ai, comp_ai_environment
 from tests.integration.conftest import MIGRATIONS, PostgresServer
+from tests.integration.people import marker, names_of, places_of, plant
 from tests.integration.rows import append_to_audit_log, fill
+from tests.sealing import MASTERS, subject_keys
 
 ACTOR = Actor(id="tests", kind="operator")
 SECRET = "the text of a prompt"
@@ -363,6 +368,33 @@ async def test_the_key_ring_is_of_the_newest_generation_only(
     assert list(backups.folder.path.glob("keyring*")) == [ring.path]
     restored = await restore_of(backups, manifest).into(empty_database)
     assert restored.keys["of_tests"] == 0
+
+
+async def test_an_old_dump_brings_nothing_back_of_who_was_erased_since(
+    database: PostgresSettings,
+    empty_database: PostgresSettings,
+    connection: asyncpg.Connection,
+    backups: Backups,
+) -> None:
+    for subject in ("ann", "ben"):
+        await plant(connection, subject)
+    manifest = await backups.create(database)
+    await Eraser(connection, MASTERS).erase("ann", ACTOR)
+    await KeyRingFile(backups.folder.path).rewrite(connection)
+
+    restore = dataclasses.replace(
+        restore_of(backups, manifest), reapply=partial(reapply_erasures, masters=MASTERS)
+    )
+    restored = await restore.into(empty_database)
+
+    assert restored.erased_again == 1
+    target = await connect(empty_database, application_name="tests")
+    assert await places_of(target, *names_of("ann")) == {"audit_log": 1}
+    rows = await target.fetch("select * from comp_ai.request_bodies where sealed is not null")
+    opened = await open_bodies(target, subject_keys(), rows)
+    texts = [body.request for body in opened if body is not None]
+    assert texts == [f"{marker('ben')} ask"] * 2
+    await target.close()
 
 
 async def test_the_upkeep_tells_the_age_and_writes_the_ring_anew_after_an_erasure(
