@@ -35,6 +35,8 @@ DEFAULTS: Mapping[str, str] = {
     "COMP_AI_NGINX_PLAIN_LISTEN": "off",
     "COMP_AI_NGINX_WEBROOT": "/var/empty",
     "COMP_AI_NGINX_STATUS": "off",
+    "COMP_AI_NGINX_KEYCLOAK": "off",
+    "COMP_AI_NGINX_KEYCLOAK_SERVER": "auth.invalid",
     "COMP_AI_NGINX_PREFIX": "/api/v1/comp-ai",
     "COMP_AI_NGINX_MAX_BODY": "32m",
     "COMP_AI_NGINX_MAX_UPLOAD": "128m",

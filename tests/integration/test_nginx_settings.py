@@ -249,6 +249,8 @@ SWITCHES: dict[str, dict[str, str]] = {
         "COMP_AI_NGINX_OAUTH2_PROXY": "oauth2-proxy:4180",
         "COMP_AI_NGINX_DASHBOARD": "comp-ai-service:8265",
         "COMP_AI_NGINX_CONSOLE": "console:3000",
+        "COMP_AI_NGINX_KEYCLOAK": "keycloak:8080",
+        "COMP_AI_NGINX_KEYCLOAK_SERVER": "auth.example.com",
     },
 }
 
@@ -311,6 +313,30 @@ def test_an_nginx_that_is_already_there_leads_to_ours(
     assert gateway.seen[0].startswith("GET /v1/models ")
     assert f"X-Forwarded-Proto: {scheme}" in gateway.seen[0]
     assert f"Host: {HOST}" in gateway.seen[0]
+
+
+def test_keycloak_is_there_for_people_and_not_for_its_administrators(
+    start: Any, gateways: Any
+) -> None:
+    [port] = pick_free(1)
+    start(
+        port,
+        upstream=gateways("gateway").address,
+        keycloak=gateways("keycloak").address,
+        keycloak_server="auth.example.com",
+        server=HOST,
+    )
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
+        auth, ours = {"host": "auth.example.com"}, {"host": HOST}
+        assert http.get("/realms/lianel/protocol/openid-connect/auth", headers=auth).text == (
+            "keycloak"
+        )
+        for closed in ("/admin/", "/realms/master/account", "/metrics", "/", "/v1/models"):
+            assert http.get(closed, headers=auth).status_code == 404
+        assert http.get("/v1/models", headers=ours).text == "gateway"
+        # Who asks for no known name is asked by ours, not by Keycloak.
+        assert http.get("/v1/models").text == "gateway"
+        assert http.get("/realms/lianel/", headers=ours).status_code == 404
 
 
 def test_a_certificate_that_is_there_is_left_alone(certificate: tuple[Path, Path]) -> None:

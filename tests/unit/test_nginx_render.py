@@ -45,7 +45,7 @@ def test_what_is_off_is_not_there() -> None:
     text = render(TEMPLATE.read_text(), {})
     for absent in ("ssl_certificate", "stub_status", "resolver", "return 308", "#"):
         assert absent not in text
-    assert "listen 127.0.0.1:8080;" in text
+    assert "listen 127.0.0.1:8080 default_server;" in text
 
 
 def test_what_is_on_is_there() -> None:
@@ -61,8 +61,8 @@ def test_what_is_on_is_there() -> None:
     assert "stub_status;" in text
     assert "server a:1 max_fails=1 fail_timeout=5s resolve;" in text
     assert "server 10.0.0.1:2 max_fails=1 fail_timeout=5s;" in text
-    assert "listen 127.0.0.1:8080 ssl;" in text
-    assert "listen 127.0.0.1:8080;" not in text
+    assert "listen 127.0.0.1:8080 default_server ssl;" in text
+    assert "listen 127.0.0.1:8080 default_server;" not in text
 
 
 @pytest.mark.parametrize("value", ["a", "a:b", "a:1,", ",", "a:1,,b:2", "a:123456", "http://a:1"])

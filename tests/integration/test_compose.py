@@ -1,0 +1,276 @@
+"""The compose files, as Docker Compose itself reads them. No container is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+PROJECT = Path(__file__).parents[2]
+FOLDER = PROJECT / "k8s-free-compose"
+# What `${NAME:?…}` asks for.
+GIVEN = {
+    "COMP_AI_IMAGE": "registry.example.com/comp-ai-service",
+    "COMP_AI_TAG": "1.2.3",
+    "COMP_AI_TLS_FOLDER": "tls",
+    "COMP_AI_NGINX_SERVER": "www.example.com",
+    "COMP_AI_ACME_EMAIL": "operator@example.com",
+    "COMP_AI_PUBLIC_URL": "https://www.example.com/api/v1/comp-ai",
+    "COMP_AI_NGINX_TRUSTED": "172.18.0.0/16",
+    "COMP_AI_NGINX_UPSTREAM": "10.0.0.1:3002,10.0.0.2:3002",
+    "COMP_AI_NODE_ADDRESS": "10.0.0.1",
+    "COMP_AI_RAY_HEAD": "10.0.0.1:6379",
+    "KEYCLOAK_HOST": "auth.example.com",
+    "KEYCLOAK_URL": "https://auth.example.com",
+    "POSTGRES_HOST": "db.example.com",
+}
+OWN_POSTGRES = {name: value for name, value in GIVEN.items() if name != "POSTGRES_HOST"}
+CHOICES = (
+    ((), ("gpu",)),
+    ((), ("tls",), ("tls", "letsencrypt")),
+    ((), ("monitoring", "backup")),
+    ((), ("keycloak",), ("join",), ("cluster",), ("keycloak", "cluster")),
+)
+COMBINATIONS = [sum(chosen, ()) for chosen in product(*CHOICES)] + [("monitoring",), ("backup",)]
+LARGEST = [
+    ("gpu", "tls", "letsencrypt", "monitoring", "backup", "keycloak"),
+    ("tls", "monitoring", "backup", "join"),
+    ("gpu", "monitoring", "backup", "cluster"),
+]
+
+
+def _compose() -> list[str] | None:
+    ours = PROJECT / ".tools" / "bin" / "docker-compose"
+    if os.access(ours, os.X_OK):
+        return [str(ours)]
+    docker = shutil.which("docker")
+    if (
+        docker
+        and not subprocess.run([docker, "compose", "version"], capture_output=True).returncode
+    ):
+        return [docker, "compose"]
+    return None
+
+
+COMPOSE = _compose()
+pytestmark = pytest.mark.skipif(COMPOSE is None, reason="no Docker Compose: run .ci/compose-binary")
+
+
+def _config(
+    names: tuple[str, ...], given: dict[str, str], *options: str, first: str = "compose.yaml"
+) -> subprocess.CompletedProcess[str]:
+    assert COMPOSE is not None
+    files = [f"--file={FOLDER / first}", *(f"--file={FOLDER}/compose.{n}.yaml" for n in names)]
+    return subprocess.run(
+        [*COMPOSE, "--env-file=/dev/null", *files, "config", *options],
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"} | given,
+    )
+
+
+def _given(names: tuple[str, ...]) -> dict[str, str]:
+    given = GIVEN if "join" in names else OWN_POSTGRES
+    if "letsencrypt" not in names:
+        # Else it is the volume `tls`.
+        given = given | {"COMP_AI_TLS_FOLDER": "/etc/comp-ai/tls"}
+    return given
+
+
+def _resolved(names: tuple[str, ...]) -> dict[str, Any]:
+    done = _config(names, _given(names), "--format=json")
+    assert done.returncode == 0, done.stderr
+    resolved: dict[str, Any] = json.loads(done.stdout)
+    return resolved
+
+
+@pytest.fixture(scope="module", params=LARGEST, ids="+".join)
+def stack(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return _resolved(request.param)
+
+
+@pytest.fixture(scope="module")
+def worker() -> dict[str, Any]:
+    done = _config((), GIVEN, "--format=json", first="compose.worker.yaml")
+    assert done.returncode == 0, done.stderr
+    resolved: dict[str, Any] = json.loads(done.stdout)
+    return resolved
+
+
+def _services(*stacks: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for one in stacks:
+        yield from one["services"].items()
+
+
+def _seconds(text: str) -> int:
+    parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    assert parts is not None, text
+    hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return hours * 3600 + minutes * 60 + seconds
+
+
+@pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: "+".join(names) or "alone")
+def test_every_combination_is_valid(names: tuple[str, ...]) -> None:
+    done = _config(names, _given(names), "--quiet")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("names", [(), *LARGEST], ids=lambda names: "+".join(names) or "alone")
+def test_what_is_required_is_asked_for_in_words(names: tuple[str, ...]) -> None:
+    texts = [FOLDER / "compose.yaml", *(FOLDER / f"compose.{name}.yaml" for name in names)]
+    asked = set(re.findall(r"\$\{(\w+):\?", "".join(file.read_text() for file in texts)))
+    assert asked <= GIVEN.keys()
+    for name in asked:
+        done = _config(names, {k: v for k, v in GIVEN.items() if k != name}, "--quiet")
+        assert done.returncode != 0
+        said = re.search(rf"required variable {name} is missing a value: (.+)", done.stderr)
+        assert said is not None
+        assert len(said[1].split()) >= 3
+
+
+def test_nginx_alone_publishes_ports(stack: dict[str, Any]) -> None:
+    publish = {name for name, service in _services(stack) if service.get("ports")}
+    if "existing" in json.dumps(stack["networks"]) or stack["networks"]["back"].get("external"):
+        # The nginx that is there leads to ours.
+        assert publish == set()
+    elif stack["services"]["comp-ai-service"].get("network_mode") == "host":
+        # Replicas on other hosts write to PostgreSQL: at this host's address in the cluster alone.
+        assert publish == {"nginx", "postgres"}
+        [port] = stack["services"]["postgres"]["ports"]
+        assert port["host_ip"] == GIVEN["COMP_AI_NODE_ADDRESS"]
+    else:
+        assert publish == {"nginx"}
+
+
+def test_without_tls_only_this_host_reaches_nginx() -> None:
+    [port] = _resolved(())["services"]["nginx"]["ports"]
+    assert (port["host_ip"], port["published"], port["target"]) == ("127.0.0.1", "8080", 8080)
+    ports = _resolved(("tls", "letsencrypt"))["services"]["nginx"]["ports"]
+    assert {(one["published"], one["target"]) for one in ports} == {("80", 8081), ("443", 8080)}
+
+
+# Keycloak's `start` builds its own code; alloy reads Docker's files, which are root's.
+WRITES = {"keycloak"}
+ROOT = {"alloy"}
+CAPABILITIES = {"alloy": ["DAC_READ_SEARCH"], "gpu-exporter": ["SYS_ADMIN"]}
+
+
+def test_every_service_is_confined(stack: dict[str, Any], worker: dict[str, Any]) -> None:
+    for name, service in _services(stack, worker):
+        assert service["cap_drop"] == ["ALL"], name
+        assert service.get("cap_add", []) == CAPABILITIES.get(name, []), name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert not service.get("privileged"), name
+        assert service.get("read_only", False) == (name not in WRITES), name
+        # Where none is named, the image itself names one that is not root.
+        assert service.get("user", "image").startswith("0") == (name in ROOT), name
+        assert "docker.sock" not in json.dumps(service), name
+
+
+def test_every_service_is_bounded_and_comes_back(
+    stack: dict[str, Any], worker: dict[str, Any]
+) -> None:
+    for name, service in _services(stack, worker):
+        limits = service["deploy"]["resources"]["limits"]
+        assert float(limits["cpus"]) > 0, name
+        assert int(limits["memory"]) > 0, name
+        assert service["logging"]["driver"] == "json-file", name
+        assert set(service["logging"]["options"]) == {"max-size", "max-file", "tag"}, name
+        once = name in ("migrate", "nginx-config")
+        assert service["restart"] == ("no" if once else "unless-stopped"), name
+
+
+def test_every_image_names_its_version(stack: dict[str, Any], worker: dict[str, Any]) -> None:
+    for name, service in _services(stack, worker):
+        tag = service["image"].rsplit("/", 1)[-1].split("@")[0].partition(":")[2]
+        assert re.search(r"\d", tag), (name, service["image"])
+
+
+def test_others_wait_for_what_they_need(stack: dict[str, Any]) -> None:
+    services = stack["services"]
+    done = "service_completed_successfully"
+    assert services["comp-ai-service"]["depends_on"]["migrate"]["condition"] == done
+    assert services["nginx"]["depends_on"]["nginx-config"]["condition"] == done
+    # So nginx is stopped first, and lets requests finish while the gateway is still there.
+    assert services["nginx"]["depends_on"]["comp-ai-service"]["condition"] == "service_healthy"
+    if "postgres" in services:
+        assert services["migrate"]["depends_on"]["postgres"]["condition"] == "service_healthy"
+    assert services["backup"]["depends_on"]["migrate"]["condition"] == done
+
+
+def _deadlines() -> list[float]:
+    found = []
+    for file in (PROJECT / "configs").glob("*.yaml"):
+        for application in yaml.safe_load(file.read_text())["applications"]:
+            for deployment in application["deployments"]:
+                if deployment["name"] == "Gateway":
+                    found.append(deployment["user_config"]["deadline_s"])
+    return found
+
+
+def test_no_stop_cuts_the_longest_stream(stack: dict[str, Any], worker: dict[str, Any]) -> None:
+    head, nginx = stack["services"]["comp-ai-service"], stack["services"]["nginx"]
+    drain_s = float(head["environment"]["COMP_AI_DRAIN_S"])
+    assert max(_deadlines()) < drain_s < _seconds(head["stop_grace_period"])
+    assert drain_s < _seconds(nginx["stop_grace_period"])
+    assert nginx["stop_signal"] == "SIGQUIT"
+    [(_, other)] = _services(worker)
+    assert float(other["environment"]["COMP_AI_DRAIN_S"]) < _seconds(other["stop_grace_period"])
+
+
+def test_secrets_are_files_and_nothing_else(stack: dict[str, Any], worker: dict[str, Any]) -> None:
+    for name, service in _services(stack, worker):
+        for variable, value in (service.get("environment") or {}).items():
+            if re.search(r"PASS(WORD)?\b|PASS_|SECRET|TOKEN\b|TOKEN_|API_KEY|MASTER_KEY", variable):
+                assert variable.endswith(("_FILE", "__FILE")), (name, variable)
+                assert value.startswith("/run/secrets/"), (name, variable)
+                assert value.rpartition("/")[2] in {one["source"] for one in service["secrets"]}
+
+
+def test_every_secret_is_one_that_is_made(
+    stack: dict[str, Any], worker: dict[str, Any], tmp_path: Path
+) -> None:
+    script = FOLDER / "make-secrets.sh"
+    subprocess.run([script, tmp_path / "secrets"], check=True, capture_output=True)
+    made = {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()}
+    for one in (stack, worker):
+        assert {Path(secret["file"]).name for secret in one["secrets"].values()} <= made.keys()
+    assert all(len(text) >= 32 and text == text.strip() for text in made.values())
+    assert len(set(made.values())) == len(made)
+    assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
+    # A second run changes nothing.
+    subprocess.run([script, tmp_path / "secrets"], check=True, capture_output=True)
+    assert {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()} == made
+
+
+def test_the_files_that_are_mounted_are_there(stack: dict[str, Any]) -> None:
+    for name, service in _services(stack):
+        for volume in service.get("volumes", ()):
+            source = Path(volume["source"])
+            if volume["type"] == "bind" and source.is_relative_to(PROJECT):
+                assert source.exists(), (name, source)
+
+
+def test_the_names_of_the_plan(stack: dict[str, Any]) -> None:
+    service = stack["services"]["comp-ai-service"]
+    assert service["container_name"] == "lianel-comp-ai-service"
+    assert service["environment"]["COMP_AI_PORT"] == "3002"
+    check = service["healthcheck"]
+    assert (check["interval"], check["timeout"], check["retries"]) == ("30s", "10s", 3)
+
+
+def test_joining_uses_the_networks_name_that_is_given() -> None:
+    assert _resolved(("join",))["networks"]["back"] == {
+        "name": "lianel-network",
+        "external": True,
+        "ipam": {},
+    }
