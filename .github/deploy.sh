@@ -48,11 +48,11 @@ keep_tag() { on_host "sed -i 's/^COMP_AI_TAG=.*/COMP_AI_TAG=$1/' '$DEPLOY_PATH/.
 
 # A completion can be served: /ready says so of every model.
 serves() {
-    local try
+    local try answer
     for ((try = 1; try <= tries; try++)); do
-        if curl --fail --silent --show-error --max-time 15 --output "$work/ready" \
-            "$DEPLOY_SMOKE_URL/ready" 2>"$work/why"; then
-            say "it serves: $(<"$work/ready")"
+        if answer=$(curl --fail --silent --show-error --max-time 15 \
+            "$DEPLOY_SMOKE_URL/ready" 2>"$work/why"); then
+            say "it serves: $answer"
             return 0
         fi
         sleep "$pause_s"

@@ -11,7 +11,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / ".github" / "deploy.sh"
 STAND_INS = {
     # Runs on this machine what was meant for the host.
-    "ssh": 'printf "%s\\n" "$*" >>"$NOTES/ssh"\nfor word; do command=$word; done\nbash -c "$command"',
+    "ssh": 'printf "%s\\n" "$*" >>"$NOTES/ssh"\nbash -c "${@: -1}"',
     "docker": 'printf "%s %s\\n" "$COMP_AI_TAG" "$*" >>"$NOTES/docker"\n'
     'if [[ $* == *" up "* ]]; then echo "$COMP_AI_TAG" >"$NOTES/running"; fi\n'
     '[[ "$COMP_AI_TAG $*" != *${FAILS:-nothing}* ]]',
