@@ -45,6 +45,7 @@ class Sealer:
         self._key = key
         self._salt = os.urandom(_SALT_BYTES)
         self._aead = _aead(key, self._salt)
+        self._opened = self._salt, self._aead
         # Each nonce once under the key that the salt gives.
         self._numbers = itertools.count()
 
@@ -57,12 +58,18 @@ class Sealer:
         """Return what was sealed. Raises SealBroken."""
         if sealed[:1] != _VERSION or len(sealed) < _REST.start:
             raise SealBroken
-        salt = sealed[_SALT]
-        aead = self._aead if salt == self._salt else _aead(self._key, salt)
         try:
-            return aead.decrypt(sealed[_NONCE], sealed[_REST], place)
+            return self._opener(sealed[_SALT]).decrypt(sealed[_NONCE], sealed[_REST], place)
         except InvalidTag:
             raise SealBroken from None
+
+    def _opener(self, salt: bytes) -> AESGCM:
+        # What one process sealed has one salt, and mostly comes together.
+        known, aead = self._opened
+        if salt != known:
+            aead = _aead(self._key, salt)
+            self._opened = salt, aead
+        return aead
 
 
 def _aead(key: bytes, salt: bytes) -> AESGCM:
