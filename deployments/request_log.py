@@ -57,7 +57,7 @@ class RequestLogOptions(BaseModel):
     drain_timeout_s: float = Field(
         default=10.0, ge=0, description="Longest wait for PostgreSQL when the replica stops."
     )
-    batch_rows: int = Field(default=500, ge=1, le=10_000, description="Most rows in one write.")
+    batch_rows: int = Field(default=1000, ge=1, le=10_000, description="Most rows in one write.")
     write_timeout_s: float = Field(default=30.0, gt=0, description="Longest time for one write.")
     retention: RetentionPolicy = Field(
         default_factory=RetentionPolicy,

@@ -1,20 +1,12 @@
 -- Named queries of the accounts; loaded by serve_app/accounts/queries.py.
-
--- name: stage_requests
--- Once a session, as the next. The columns alone, without constraints: the INSERT checks
--- them, and one bad row is then found by halving.
-create temporary table if not exists staged_requests on commit delete rows
-as select {columns} from comp_ai.requests with no data;
-
--- name: stage_bodies
-create temporary table if not exists staged_bodies on commit delete rows
-as select {columns} from comp_ai.request_bodies with no data;
+-- A batch comes as one array for each column: there is no table on its way that would have to be
+-- written first and emptied after.
 
 -- name: insert_requests
 -- Says how many were not there before, and which of those are refusals of a permission.
 with inserted as (
     insert into comp_ai.requests ({columns})
-    select {columns} from staged_requests
+    select * from unnest({arrays})
     on conflict do nothing
     returning id, denied
 )
@@ -23,7 +15,7 @@ from inserted;
 
 -- name: insert_bodies
 insert into comp_ai.request_bodies ({columns})
-select {columns} from staged_bodies
+select * from unnest({arrays})
 on conflict do nothing;
 
 -- name: last_recorded_at

@@ -56,7 +56,7 @@ class LogBroken(CompAIError):
 class LogConfig:
     """How the log drains."""
 
-    batch_rows: int = 500
+    batch_rows: int = 1000
     batch_bytes: int = 8 * 1024 * 1024
     write_timeout_s: float = 30.0
     backoff_first_s: float = 0.2

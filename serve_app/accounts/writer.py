@@ -1,8 +1,8 @@
 """Writing records into PostgreSQL: whole batches, each row once and only once.
 
-A batch is copied into staging tables and inserted from there in one transaction, with
-`on conflict do nothing`: repeating a batch after a lost answer adds nothing. The refusals of a
-permission among them go into the audit log in the same transaction, so each is there once too.
+A batch is inserted in one transaction, with `on conflict do nothing`: repeating a batch after a
+lost answer adds nothing. The refusals of a permission among them go into the audit log in the
+same transaction, so each is there once too.
 Texts are sealed in that transaction, too, with keys that nobody destroys before it ends; records
 of a subject that was erased since they were made lose text and name.
 """
@@ -10,7 +10,7 @@ of a subject that was erased since they were made lose text and name.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -24,10 +24,23 @@ from serve_app.audit.refusals import refusal_act
 from serve_app.records import RequestRecord
 from serve_app.subjects.erasures import without_erased
 
-_BODY_COLUMNS = ("id", "created_at", "key_id", "sealed")
-_COLUMNS = tuple(
-    f.name for f in fields(RequestRecord) if f.name not in ("request_body", "response_text")
-)
+# The types in which values travel; PostgreSQL fits them into its columns, or says why not.
+_TYPES = {
+    "uuid.UUID": "uuid",
+    "datetime": "timestamptz",
+    "str": "text",
+    "Outcome": "text",
+    "PrincipalKind": "text",
+    "bool": "boolean",
+    "int": "bigint",
+    "float": "double precision",
+}
+_BODY_COLUMNS = {"id": "uuid", "created_at": "timestamptz", "key_id": "uuid", "sealed": "bytea"}
+_COLUMNS = {
+    f.name: _TYPES[str(f.type).removesuffix(" | None")]
+    for f in fields(RequestRecord)
+    if f.name not in ("request_body", "response_text")
+}
 # Column widths of the schema. A longer value is cut: the row matters more than its tail.
 _WIDTHS = {"request_id": 128, "principal_id": 255, "model": 100}
 
@@ -51,13 +64,13 @@ class WriteReport:
 
 
 async def prepare_session(connection: asyncpg.Connection) -> None:
-    """Make the staging tables of this session.
+    """Let PostgreSQL read the statements that will come again and again.
 
     Raises:
         asyncpg.PostgresError: the schema is not there yet.
     """
-    for name, columns in (("stage_requests", _COLUMNS), ("stage_bodies", _BODY_COLUMNS)):
-        await connection.execute(_query(name, columns))
+    for statement in (_insert_requests(), _insert_bodies()):
+        await connection.prepare(statement)
 
 
 async def write(
@@ -90,10 +103,8 @@ async def _write_together(
 ) -> int:
     async with connection.transaction():
         records = await without_erased(connection, keys, records)
-        await connection.copy_records_to_table(
-            "staged_requests", columns=_COLUMNS, records=[_row(record) for record in records]
-        )
-        new = await connection.fetchrow(_query("insert_requests", _COLUMNS))
+        columns = [[_value(record, column) for record in records] for column in _COLUMNS]
+        new = await connection.fetchrow(_insert_requests(), *columns)
         assert new is not None
         await _write_bodies(connection, [record for record in records if record.has_texts], keys)
         refused = set(new["refused"] or ())
@@ -112,16 +123,20 @@ async def _write_bodies(
         (record.id, record.created_at, text.key_id, text.sealed)
         for record, text in zip(records, sealed, strict=True)
     ]
-    await connection.copy_records_to_table("staged_bodies", columns=_BODY_COLUMNS, records=rows)
-    await connection.execute(_query("insert_bodies", _BODY_COLUMNS))
+    await connection.execute(_insert_bodies(), *zip(*rows, strict=True))
 
 
-def _query(name: str, columns: tuple[str, ...]) -> str:
-    return queries()[name].format(columns=", ".join(columns))
+def _insert_requests() -> str:
+    return _query("insert_requests", _COLUMNS)
 
 
-def _row(record: RequestRecord) -> tuple[Any, ...]:
-    return tuple(_value(record, column) for column in _COLUMNS)
+def _insert_bodies() -> str:
+    return _query("insert_bodies", _BODY_COLUMNS)
+
+
+def _query(name: str, columns: Mapping[str, str]) -> str:
+    arrays = (f"${number}::{kind}[]" for number, kind in enumerate(columns.values(), 1))
+    return queries()[name].format(columns=", ".join(columns), arrays=", ".join(arrays))
 
 
 def _value(record: RequestRecord, column: str) -> Any:
