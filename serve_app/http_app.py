@@ -25,6 +25,7 @@ from serve_app.refusals import add_refusals
 from serve_app.responses_api import add_responses
 from serve_app.routing import SIGNED_IN, Direct, GetGateway
 from serve_app.search.http import add_search
+from serve_app.subjects.http import add_subjects
 from serve_app.timing import TotalTiming
 from serve_app.usage.http import add_usage
 
@@ -61,6 +62,7 @@ def create_app(gateway: GetGateway, checks: Callable[[], list[Check]]) -> FastAP
     add_audit(app, gateway)
     add_usage(app, gateway)
     add_search(app, gateway)
+    add_subjects(app, gateway)
     _add_health(app, checks)
     _add_docs(app)
     add_refusals(app, gateway)

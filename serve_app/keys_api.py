@@ -107,7 +107,7 @@ class _Rotation(_Body):
     )
 
 
-_Read = TypeVar("_Read", bound=_Body)
+_Read = TypeVar("_Read", bound=BaseModel)
 
 
 def add_keys(app: FastAPI, gateway: GetGateway) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -118,7 +118,7 @@ class FileStore:
             rows = await connection.fetch(query(name), owner, purpose, after, limit)
         return [to_file(row) for row in rows]
 
-    async def read(self, file: StoredFile) -> AsyncIterator[bytes]:
+    async def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
         """Yield the content. No connection is held while the reader takes its time."""
         read_bytes = number = 0
         while read_bytes < file.bytes:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from serve_app.cli.backup_app import app as backup_app
+from serve_app.cli.subject_app import app as subject_app
 from serve_app.errors import CompAIError, ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ app.add_typer(keys_app, name="keys", no_args_is_help=True)
 app.add_typer(model_app, name="model", no_args_is_help=True)
 app.add_typer(master_key_app, name="master-key", no_args_is_help=True)
 app.add_typer(audit_app, name="audit", no_args_is_help=True)
+app.add_typer(subject_app, name="subject", no_args_is_help=True)
 app.add_typer(log_app, name="log", no_args_is_help=True)
 app.add_typer(backup_app, name="backup", no_args_is_help=True)
 

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import NoReturn
 
 from starlette.requests import Request
@@ -338,12 +338,15 @@ class Call:
     async def _send_parts(self, download: Download) -> None:
         """Send all but the last part, which goes out once the request is recorded."""
         self._body_read.set()
-        size = str(download.size_bytes)
-        headers = {"content-type": download.media_type, "content-length": size}
-        await self._reply.open(headers | self._headers())
-        async for part in download.parts:
-            await self._reply.write(self._answer.body)
-            self._answer = Document(part)
+        headers = {"content-type": download.media_type}
+        if download.size_bytes is not None:
+            headers["content-length"] = str(download.size_bytes)
+        # Closed here and now where the client leaves: they may hold a connection to PostgreSQL.
+        async with aclosing(download.parts) as parts:
+            await self._reply.open(headers | self._headers())
+            async for part in parts:
+                await self._reply.write(self._answer.body)
+                self._answer = Document(part)
 
     # Watching the client meanwhile.
 

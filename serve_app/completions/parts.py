@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,10 +36,14 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Download:
-    """An answer that no model makes, part by part; the parts have `size_bytes` together."""
+    """An answer that no model makes, part by part.
 
-    parts: AsyncIterator[bytes]
-    size_bytes: int
+    The parts have `size_bytes` together; None is not known beforehand. They are closed by whoever
+    sends them.
+    """
+
+    parts: AsyncGenerator[bytes]
+    size_bytes: int | None
     media_type: str = "application/octet-stream"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ async def note_export(connection: Connection, subject: str, by: Actor) -> None:
         await AuditLog().append(connection, act)
 
 
-async def export(connection: Connection, subject: str, keys: SubjectKeys) -> AsyncIterator[bytes]:
+async def export(connection: Connection, subject: str, keys: SubjectKeys) -> AsyncGenerator[bytes]:
     """Yield the lines, each with its end; of a text whose key is gone the line says so.
 
     Raises:

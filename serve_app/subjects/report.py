@@ -36,6 +36,10 @@ _REMAINS = (
         "records lose name and text when they reach PostgreSQL; log files go by their rotation",
     ),
     (
+        "the key ring beside the backups",
+        "it holds the destroyed key until it is written again, which every backup does",
+    ),
+    (
         "backups from before",
         "their sealed texts cannot be read; names, stored responses, idempotency answers, files "
         "and texts from before the sealing are erased again by `comp-ai backup restore`",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import httpx
 import pytest
@@ -21,7 +21,7 @@ PARTS = [b"first ", b"second ", b"third"]
 SIZE_BYTES = sum(map(len, PARTS))
 
 
-def _app(of: World, parts: AsyncIterator[bytes], size_bytes: int) -> ASGIApp:
+def _app(of: World, parts: AsyncGenerator[bytes], size_bytes: int) -> ASGIApp:
     async def handler(_principal: Principal, _request: Request) -> Download:
         return Download(parts=parts, size_bytes=size_bytes, media_type="text/plain")
 
@@ -41,17 +41,17 @@ async def _get(app: ASGIApp) -> httpx.Response:
         await server.stop()
 
 
-async def _three() -> AsyncIterator[bytes]:
+async def _three() -> AsyncGenerator[bytes]:
     for part in PARTS:
         yield part
 
 
-async def _nothing() -> AsyncIterator[bytes]:
+async def _nothing() -> AsyncGenerator[bytes]:
     for part in list[bytes]():
         yield part
 
 
-async def _broken() -> AsyncIterator[bytes]:
+async def _broken() -> AsyncGenerator[bytes]:
     yield PARTS[0]
     yield PARTS[1]
     raise StoreUnavailable
@@ -87,7 +87,7 @@ async def test_a_download_that_breaks_is_not_taken_for_a_whole_one() -> None:
 async def test_a_client_that_leaves_ends_the_reading() -> None:
     ended = asyncio.Event()
 
-    async def endless() -> AsyncIterator[bytes]:
+    async def endless() -> AsyncGenerator[bytes]:
         try:
             yield PARTS[0]
             yield PARTS[1]
