@@ -113,8 +113,8 @@ class Gateway:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over the policy in `user_config`. Raises ConfigError where it is wrong."""
         config = parse_config(GatewayConfig, user_config, "user_config")
-        if config.bodies is not Bodies.NONE:
-            self._masters.require(f"a key, as `bodies` is {config.bodies}")
+        if (most := config.bodies.most) is not Bodies.NONE:
+            self._masters.require(f"a key, as `bodies` is {most}")
         if self._gateway is None:
             self._gateway = gateway.Gateway(config, self._parts)
             self._batches = BatchRunner(self._gateway, RayBatchMetrics())

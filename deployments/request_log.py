@@ -18,6 +18,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from deployments.upkeep import build_upkeep
 from serve_app.accounts import request_log
 from serve_app.accounts.drift import EngineCounts, EngineReading
+from serve_app.accounts.redaction import Redactor
 from serve_app.accounts.request_log import LogConfig, LogStatus
 from serve_app.accounts.retention.policy import RetentionPolicy
 from serve_app.accounts.sealing.master_keys import MasterKeys
@@ -59,6 +60,10 @@ class RequestLogOptions(BaseModel):
     )
     batch_rows: int = Field(default=1000, ge=1, le=10_000, description="Most rows in one write.")
     write_timeout_s: float = Field(default=30.0, gt=0, description="Longest time for one write.")
+    redaction_regions: tuple[str, ...] = Field(
+        default=("US", "DE"),
+        description="Countries whose national telephone numbers are redacted, as ISO 3166 codes.",
+    )
     retention: RetentionPolicy = Field(
         default_factory=RetentionPolicy,
         description="How long each class of data is kept; what is not named is kept for ever.",
@@ -90,6 +95,10 @@ class RayLogMetrics:
             description="Time to write one batch of records to PostgreSQL, s.",
             boundaries=_WRITE_BOUNDARIES_S,
         )
+        self._not_redacted = Counter(
+            "comp_ai_bodies_not_redacted",
+            description="Bodies that could not be redacted, and of which the shape alone is kept.",
+        )
         self._rows = Counter(
             "comp_ai_log_rows_written", description="Records written to PostgreSQL."
         )
@@ -109,6 +118,10 @@ class RayLogMetrics:
     def postgres_write_s(self, seconds: float) -> None:
         """Observe one batch."""
         self._write.observe(seconds)
+
+    def bodies_not_redacted(self, rows: int) -> None:
+        """Count bodies."""
+        self._not_redacted.inc(rows)
 
     def rows_written(self, rows: int) -> None:
         """Count rows; Ray refuses to count 0."""
@@ -152,6 +165,7 @@ class RequestLog:
             spool=await folders.take(),
             postgres=settings.postgres,
             keys=SubjectKeys(masters),
+            redactor=Redactor(self._options.redaction_regions),
             metrics=RayLogMetrics(),
             config=LogConfig(
                 batch_rows=self._options.batch_rows, write_timeout_s=self._options.write_timeout_s

@@ -35,10 +35,26 @@ class _Config(BaseModel):
 
 
 class Bodies(enum.StrEnum):
-    """What the log keeps of prompts and answers."""
+    """What the log keeps of prompts and answers, the least first.
+
+    none: the row alone. metadata: its parameters and shape, no text. redacted: the texts, with
+    secrets and personal data replaced by their kind. full: the texts as they were.
+    """
 
     NONE = "none"
+    METADATA = "metadata"
+    REDACTED = "redacted"
     FULL = "full"
+
+    @property
+    def rank(self) -> int:
+        """How much it keeps, beside the others."""
+        return list(Bodies).index(self)
+
+    @property
+    def keeps_texts(self) -> bool:
+        """Whether prompts and answers are kept, be it redacted."""
+        return self in (Bodies.REDACTED, Bodies.FULL)
 
 
 class Durability(enum.StrEnum):
@@ -199,6 +215,42 @@ class StandingConfig(_Config):
             priority=min(standing.priority for standing in held),
             weight=max(standing.weight for standing in held),
         )
+
+
+class BodiesConfig(_Config):
+    """What is kept of prompts and answers. Of several that apply the strictest holds."""
+
+    default: Bodies = Field(
+        default=Bodies.FULL,
+        description="Where neither the model nor a role of the caller is named below: none, "
+        "metadata, redacted or full.",
+    )
+    models: dict[Name, Bodies] = Field(default_factory=dict, description="By name of the model.")
+    roles: dict[str, Bodies] = Field(
+        default_factory=dict, description="By role, as the issuer names it."
+    )
+
+    def of(self, model: str | None, roles: Collection[str], *others: Bodies | None) -> Bodies:
+        """Return what is kept of a request to `model` by a principal with `roles`.
+
+        `others` are what its key and its caller say; None says nothing.
+        """
+        named = [self.roles[role] for role in roles if role in self.roles]
+        if model is not None and model in self.models:
+            named.append(self.models[model])
+        applying = [*(named or [self.default]), *(one for one in others if one is not None)]
+        return min(applying, key=lambda one: one.rank)
+
+    @property
+    def most(self) -> Bodies:
+        """The most that is kept of any request."""
+        every = [self.default, *self.models.values(), *self.roles.values()]
+        return max(every, key=lambda one: one.rank)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_word_is_the_default(cls, given: object) -> object:
+        return {"default": given} if isinstance(given, str) else given
 
 
 class WhenCold(enum.StrEnum):
@@ -516,8 +568,9 @@ class GatewayConfig(_Config):
         default=KeysConfig(), description="API keys that people make for themselves."
     )
     sign_in: SignInConfig = Field(default=SignInConfig(), description="Sign-ins that fail.")
-    bodies: Bodies = Field(
-        default=Bodies.FULL, description="Keep prompts and answers in the log (full) or not (none)."
+    bodies: BodiesConfig = Field(
+        default=BodiesConfig(),
+        description="What the log keeps of prompts and answers; a word alone is the default.",
     )
     durability: Durability = Field(
         default=Durability.SYNC,
@@ -586,6 +639,14 @@ class GatewayConfig(_Config):
                         setting = f"access.{kind}.{holder}.models"
                         allowed = "the name of a model, no alias, or a pattern with * or ?"
                         raise _WrongSetting(setting, entry, allowed)
+        return self
+
+    @model_validator(mode="after")
+    def _bodies_name_models(self) -> Self:
+        names = {model.name for model in self.models}
+        for name in self.bodies.models:
+            if name not in names:
+                raise _WrongSetting(f"bodies.models.{name}", name, "the name of a model, no alias")
         return self
 
     def model(self, name: str) -> ModelEntry | None:

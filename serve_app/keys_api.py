@@ -22,7 +22,7 @@ from serve_app.audit.act import Actor
 from serve_app.completions.body import parse_object
 from serve_app.completions.parts import Document, Download, Handler
 from serve_app.completions.request_body import read_json_body
-from serve_app.config import LimitPolicy
+from serve_app.config import Bodies, LimitPolicy
 from serve_app.errors import InvalidRequest, NotFound, UnsupportedParameter
 from serve_app.identity.api_keys import (
     MAX_NAME_CHARS,
@@ -75,6 +75,10 @@ class _Terms(_Body):
     limits: LimitPolicy | None = Field(
         default=None, description="Limits of its own, beside those of its owner."
     )
+    bodies: Bodies | None = Field(
+        default=None,
+        description="The most that is kept of prompts and answers; the policy may keep less.",
+    )
     expires_at: _UnixSeconds | None = Field(default=None, description="Unix seconds.")
 
 
@@ -94,7 +98,7 @@ class _NewKeyOfAnybody(_NewKey):
 
 
 class _Change(_Terms):
-    """What is named is changed. Null takes away a note, limits, an expiry, and models."""
+    """What is named is changed. Null takes away a note, limits, an expiry, models and bodies."""
 
     name: str = Field(default="", min_length=1, max_length=MAX_NAME_CHARS)
     permissions: list[Permission] = Field(default=[], min_length=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from serve_app.completions.kinds import Kind
-from serve_app.config import MOST_PRIORITY
+from serve_app.config import MOST_PRIORITY, Bodies
 from serve_app.errors import ClientGone, RequestError, every_error, to_openai
 
 DESCRIPTION = (
@@ -144,6 +144,11 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "additionalProperties": False,
     },
     "n": {"type": "integer", "minimum": 1},
+    "store": {
+        "type": "boolean",
+        "enum": [False],
+        "description": "false: nothing is kept of prompt and answer.",
+    },
     "priority": {
         "type": "integer",
         "maximum": MOST_PRIORITY,
@@ -221,6 +226,15 @@ _IDEMPOTENCY_KEY = {
 }
 
 
+_BODIES = {
+    "name": "X-Comp-AI-Bodies",
+    "in": "header",
+    "required": False,
+    "description": "The most that is kept of prompt and answer. The policy may keep less.",
+    "schema": {"type": "string", "enum": [word.value for word in Bodies]},
+}
+
+
 def _field(schema: dict[str, Any], *, required: bool) -> dict[str, Any]:
     """Return the schema of a field; one that may be left out may be null as well."""
     if required or not schema:
@@ -253,6 +267,6 @@ def completion_docs(kind: Kind) -> dict[str, Any]:
         "openapi_extra": {
             "requestBody": {"required": True, "content": content},
             "responses": {"200": {"headers": headers("Idempotent-Replayed"), "content": stream}},
-            "parameters": [_IDEMPOTENCY_KEY],
+            "parameters": [_IDEMPOTENCY_KEY, _BODIES],
         },
     }

@@ -28,6 +28,10 @@ class LogMetrics(Protocol):
         """Rows that this write added to PostgreSQL; never 0."""
         ...
 
+    def bodies_not_redacted(self, rows: int) -> None:
+        """Bodies that could not be redacted, and of which the shape alone is kept; never 0."""
+        ...
+
 
 class UpkeepMetrics(Protocol):
     """Where the upkeep's measurements go. `task` is one of a few names that the code gives."""
@@ -65,6 +69,9 @@ class NoMetrics:
         """Ignore it."""
 
     def rows_written(self, rows: int) -> None:
+        """Ignore it."""
+
+    def bodies_not_redacted(self, rows: int) -> None:
         """Ignore it."""
 
     def upkeep_succeeded(self, task: str, seconds: float) -> None:

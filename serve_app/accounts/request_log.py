@@ -22,12 +22,14 @@ import asyncpg
 from serve_app.accounts import writer
 from serve_app.accounts.adoption import Adoption
 from serve_app.accounts.metrics import LogMetrics
+from serve_app.accounts.redaction import Redactor, redact
 from serve_app.accounts.sealing.aead import SealBroken
 from serve_app.accounts.sealing.master_keys import MasterKeyMissing, NoMasterKey
 from serve_app.accounts.sealing.subject_keys import SubjectKeys
 from serve_app.accounts.spool import Spool, SpooledRow
 from serve_app.accounts.spool_folders import SpoolFolders
 from serve_app.accounts.spooled import SpooledForm
+from serve_app.config import Bodies
 from serve_app.database import CONNECT_ERRORS, DatabaseUnavailable, connect
 from serve_app.errors import CompAIError, LogUnavailable
 from serve_app.records import RequestRecord
@@ -101,10 +103,12 @@ class RequestLog:
         keys: SubjectKeys,
         metrics: LogMetrics,
         config: LogConfig | None = None,
+        redactor: Redactor | None = None,
         folders: SpoolFolders | None = None,
     ) -> None:
         self._spool = spool
         self._keys = keys
+        self._redactor = redactor or Redactor()
         self._postgres = postgres
         self._metrics = metrics
         self._config = config or LogConfig()
@@ -300,6 +304,7 @@ class RequestLog:
     ) -> None:
         # In a thread: texts are opened here, and meanwhile appends must not wait.
         records, poison = await asyncio.to_thread(_decode, rows, spool.form)
+        records = await self._redact(records)
         started = time.monotonic()
         with self._limit(connection):
             report = await writer.write(connection, records, self._keys)
@@ -309,6 +314,22 @@ class RequestLog:
             await self._set_aside(spool, poison)
         bad = {row_id for row_id, _ in poison}
         await spool.discard(row.id for row in rows if row.id not in bad)
+
+    async def _redact(self, records: list[RequestRecord]) -> list[RequestRecord]:
+        if all(record.bodies != Bodies.REDACTED for record in records):
+            return records
+        done, failed = await asyncio.to_thread(redact, self._redactor, records)
+        if failed:
+            self._metrics.bodies_not_redacted(len(failed))
+            _logger.error(
+                "%d bodies could not be redacted; their shape alone is kept",
+                len(failed),
+                extra={
+                    "action": "request_log.not_redacted",
+                    "records": [str(record.id) for record in failed[:10]],
+                },
+            )
+        return done
 
     async def _set_aside(self, spool: Spool, poison: list[tuple[uuid.UUID, str]]) -> None:
         await spool.set_aside(poison)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from serve_app.config import LimitPolicy
+from serve_app.config import Bodies, LimitPolicy
 from serve_app.identity.principal import Permission, Principal
 from serve_app.records import PrincipalKind, new_id
 
@@ -108,6 +108,7 @@ def principal_to_json(principal: Principal) -> str:
             "client_id": principal.client_id,
             "api_key_id": principal.api_key_id,
             "limits": limits.model_dump(mode="json", exclude_none=True) if limits else None,
+            "bodies": principal.bodies,
         }
     ).decode()
 
@@ -124,11 +125,12 @@ def principal_from_json(text: str) -> Principal:
         permissions=frozenset(known[name] for name in raw["permissions"] if name in known),
         models=None if raw["models"] is None else frozenset(raw["models"]),
         roles=frozenset(raw["roles"]),
-        # An older release wrote neither groups nor client nor limits.
+        # An older release wrote neither groups nor client nor limits nor bodies.
         groups=frozenset(raw.get("groups", ())),
         client_id=raw.get("client_id"),
         api_key_id=None if raw["api_key_id"] is None else uuid.UUID(raw["api_key_id"]),
         limits=None if limits is None else LimitPolicy.model_validate(limits),
+        bodies=None if raw.get("bodies") is None else Bodies(raw["bodies"]),
     )
 
 

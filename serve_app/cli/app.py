@@ -209,6 +209,10 @@ ModelOption = Annotated[
 LimitsOption = Annotated[
     str | None, typer.Option(help='Limits of its own as JSON: {"requests_per_minute": 60}.')
 ]
+BodiesOption = Annotated[
+    str | None,
+    typer.Option(help="Most that is kept of prompts and answers: none, metadata, redacted, full."),
+]
 ExpiryOption = Annotated[
     float | None, typer.Option(help="Days from now until it expires.", min=0.001, max=36_500)
 ]
@@ -222,6 +226,7 @@ def keys_create(
     permission: PermissionOption = None,
     model: ModelOption = None,
     limits: LimitsOption = None,
+    bodies: BodiesOption = None,
     expires_in_days: ExpiryOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -231,7 +236,7 @@ def keys_create(
     """
     from serve_app.cli import keys
 
-    terms = keys.read_terms(name, note, permission, model, limits, expires_in_days)
+    terms = keys.read_terms(name, note, permission, model, limits, bodies, expires_in_days)
     _run(keys.create(_postgres(), owner, terms, as_json))
 
 
@@ -254,16 +259,17 @@ def keys_update(
     permission: PermissionOption = None,
     model: ModelOption = None,
     limits: LimitsOption = None,
+    bodies: BodiesOption = None,
     expires_in_days: ExpiryOption = None,
     clear: Annotated[
         list[str] | None,
-        typer.Option(help="Take away: note, models, limits or expires_at; may be repeated."),
+        typer.Option(help="Take away note, models, limits, bodies or expires_at; may be repeated."),
     ] = None,
 ) -> None:
     """Change what the options name; the rest stays."""
     from serve_app.cli import keys
 
-    changes = keys.read_terms(name, note, permission, model, limits, expires_in_days)
+    changes = keys.read_terms(name, note, permission, model, limits, bodies, expires_in_days)
     _run(keys.change(_postgres(), key, changes | keys.cleared(clear or ())))
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from serve_app.audit.act import Actor
-from serve_app.config import LimitPolicy, parse_config
+from serve_app.config import Bodies, LimitPolicy, parse_config
 from serve_app.errors import ConfigError, NotFound
 from serve_app.identity.api_keys import ApiKey, ApiKeyStore, KeyTerms
 from serve_app.identity.principal import Permission
@@ -21,7 +21,7 @@ from serve_app.records import utc_now
 from serve_app.settings import PostgresSettings
 from serve_app.stack.accounts import key_store
 
-_CLEARABLE = ("note", "models", "limits", "expires_at")
+_CLEARABLE = ("note", "models", "limits", "bodies", "expires_at")
 
 
 def read_terms(
@@ -30,6 +30,7 @@ def read_terms(
     permissions: Sequence[str] | None,
     models: Sequence[str] | None,
     limits: str | None,
+    bodies: str | None,
     expires_in_days: float | None,
 ) -> dict[str, Any]:
     """Return the terms that options name, by their names in `KeyTerms`. Raises ConfigError."""
@@ -40,6 +41,8 @@ def read_terms(
         named["models"] = frozenset(models)
     if limits is not None:
         named["limits"] = _limits(limits)
+    if bodies is not None:
+        named["bodies"] = _bodies(bodies)
     if expires_in_days is not None:
         named["expires_at"] = utc_now() + timedelta(days=expires_in_days)
     return {term: value for term, value in named.items() if value is not None}
@@ -121,6 +124,13 @@ def _permission(text: str) -> Permission:
         return Permission(text)
     except ValueError:
         raise ConfigError("--permission", text, ", ".join(Permission)) from None
+
+
+def _bodies(text: str) -> Bodies:
+    try:
+        return Bodies(text)
+    except ValueError:
+        raise ConfigError("--bodies", text, ", ".join(Bodies)) from None
 
 
 def _limits(text: str) -> LimitPolicy:

@@ -129,6 +129,7 @@ def govern(kind: Kind, body: dict[str, Any], model: ModelEntry, rules: Rules) ->
     _check_task(kind, model)
     _refuse_unknown(kind, body)
     stream = _flag(body, "stream")
+    _check_store(kind, body)
     wants_usage = _wants_usage(body, stream=stream)
     prompts = kind.endpoint.count(body)
     check_media(body, remote=rules.remote_media)
@@ -187,6 +188,16 @@ def _refuse_unknown(kind: Kind, body: dict[str, Any]) -> None:
             )
 
 
+def _check_store(kind: Kind, body: dict[str, Any]) -> None:
+    """Refuse to keep an answer that nobody could retrieve; responses have a store of their own."""
+    if kind is not Kind.RESPONSES and _flag(body, "store"):
+        raise UnsupportedParameter(
+            "`store: true` is not supported here: completions cannot be retrieved. Leave it out, "
+            "or use `/v1/responses`.",
+            param="store",
+        )
+
+
 def _flag(body: dict[str, Any], name: str) -> bool:
     value = body.get(name)
     if value is None:
@@ -238,6 +249,9 @@ def _sent(
     sent = {**body, "model": model.engine_name or model.name}
     # An engine that does not schedule by priority takes the number and ignores it.
     sent.pop("priority", None)
+    if kind is not Kind.RESPONSES:
+        # It says what we keep; of an engine it asks nothing.
+        sent.pop("store", None)
     if model.priority and "priority" in kind.endpoint.parameters:
         sent["priority"] = standing.priority
     if sent.get("stream") and kind.endpoint.stream_options:

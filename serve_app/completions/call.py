@@ -14,17 +14,19 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from starlette.requests import Request
 from starlette.types import Send
 
+from serve_app.body_shape import shape_of
 from serve_app.client_address import client_address
 from serve_app.completions.attempt import Attempt
 from serve_app.completions.body import Ask, Rules, find_model, govern, model_name, parse_object
 from serve_app.completions.elsewhere import open_elsewhere
 from serve_app.completions.exchange import Exchange
 from serve_app.completions.finishing import Finishing
+from serve_app.completions.kept import HEADER, asked_by_body, asked_by_header
 from serve_app.completions.keyed import Keyed
 from serve_app.completions.kinds import Kind
 from serve_app.completions.most import most_tokens
@@ -39,6 +41,7 @@ from serve_app.errors import (
     ClientGone,
     DeadlineExceeded,
     EngineFailed,
+    InvalidRequest,
     LogFull,
     ModelOverloaded,
     RequestError,
@@ -197,11 +200,8 @@ class Call:
 
     async def _authorize(self, kind: Kind, principal: Principal) -> Ask:
         principal.require(Permission.USER)
-        self.exchange.request_body = await self._read_body()
-        body = parse_object(self.exchange.request_body)
+        body = await self._read_object(principal)
         name = model_name(body, self._config.default_model)
-        # Kept under its real name, whatever a client calls it and whether it may use it or not.
-        self.exchange.model = self._config.real_name(name)
         model = find_model(self._config, name, principal)
         ask = govern(kind, body, model, self._rules(principal))
         self.exchange.stream = ask.stream
@@ -211,11 +211,34 @@ class Call:
                 self._responses.store,
                 self._config,
                 response_id=f"resp_{self.exchange.id.hex}",
+                bodies=self.exchange.bodies or Bodies.NONE,
                 principal_id=principal.id,
                 model=model.name,
                 body=body,
             )
         return ask
+
+    async def _read_object(self, principal: Principal) -> dict[str, Any]:
+        """Return the body, once it is settled what is kept of it: also of one that is refused."""
+        exchange = self.exchange
+        header = asked_by_header(self._request.headers.getlist(HEADER))
+        exchange.bodies = self._kept(principal, header)
+        exchange.request_body = await self._read_body()
+        body = parse_object(exchange.request_body)
+        with suppress(InvalidRequest):
+            name = model_name(body, self._config.default_model)
+            # Kept under its real name, whatever a client calls it and whether it may use it or not.
+            exchange.model = self._config.real_name(name)
+        exchange.bodies = self._kept(principal, header, asked_by_body(body))
+        if exchange.bodies is Bodies.METADATA:
+            exchange.shape = shape_of(body)
+        return body
+
+    def _kept(self, principal: Principal, *asked: Bodies | None) -> Bodies:
+        if self._on_behalf is not None and self._on_behalf.bodies is not None:
+            return self._on_behalf.bodies
+        policy = self._config.bodies
+        return policy.of(self.exchange.model, principal.roles, principal.bodies, *asked)
 
     async def _reserve(self, principal: Principal, ask: Ask) -> None:
         exchange, limits = self.exchange, self._config.limits
@@ -239,7 +262,9 @@ class Call:
 
     async def _put_off(self, principal: Principal, keeping: Keeping) -> None:
         """Answer at once, and let the response be made in the background."""
-        on_behalf = OnBehalf(principal=principal, standing=self._standing(principal))
+        on_behalf = OnBehalf(
+            principal=principal, standing=self._standing(principal), bodies=self.exchange.bodies
+        )
         request_id = self.exchange.request_id
         self._answer = Document(
             await self._responses.put_off(self._config, keeping, on_behalf, request_id)
@@ -258,7 +283,7 @@ class Call:
             exchange.lease = await self._open(ticket)
         finally:
             exchange.timings.queued(time.perf_counter() - begun_s)
-        keep = self._config.bodies is Bodies.FULL
+        keep = exchange.bodies is not None and exchange.bodies.keeps_texts
         attempt = Attempt(
             ask, exchange.lease, self._parts.session, exchange, self._spawn, keep_answer=keep
         )

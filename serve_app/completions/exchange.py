@@ -64,6 +64,10 @@ class Exchange:
     stream: bool = False
     answers: Answers = field(default_factory=Answers)
     request_body: bytes | None = None
+    # What is kept of it; None where there is nothing to keep.
+    bodies: Bodies | None = None
+    # Of the body, where no more is kept.
+    shape: str | None = None
     # Set before the call goes out, so that a request that dies in it still gives back.
     reservation: Reservation | None = None
     # Whose prices hold.
@@ -121,7 +125,7 @@ class Exchange:
         cost_micros = 0 if self.priced is None else self.priced.cost_micros(*tokens)
         return Spent(tokens=sum(tokens), cost_micros=cost_micros)
 
-    def record(self, bodies: Bodies) -> RequestRecord:
+    def record(self) -> RequestRecord:
         """Return the row of this request."""
         usage = self._usage()
         principal = self.principal
@@ -151,8 +155,9 @@ class Exchange:
             duration_ms=round(self.elapsed_s * 1000, 3),
             denied=self._denied(),
             replica_id=self.lease.grant.replica_id if self.lease else None,
-            request_body=self._request_text() if bodies is Bodies.FULL else None,
-            response_text=self._answer_text() if bodies is Bodies.FULL else None,
+            bodies=self.bodies,
+            request_body=self._request_text(),
+            response_text=self._answer_text(),
         )
 
     def _denied(self) -> str | None:
@@ -183,11 +188,19 @@ class Exchange:
         spread_s = self.last_token_s - self.first_token_s
         return _ms(spread_s / (usage.completion_tokens - 1)) if self.stream else None
 
+    @property
+    def _keeps_texts(self) -> bool:
+        return self.bodies is not None and self.bodies.keeps_texts
+
     def _request_text(self) -> str | None:
-        return None if self.request_body is None else self.request_body.decode("utf-8", "replace")
+        if self.bodies is Bodies.METADATA:
+            return self.shape
+        if not self._keeps_texts or self.request_body is None:
+            return None
+        return self.request_body.decode("utf-8", "replace")
 
     def _answer_text(self) -> str | None:
-        if not self.answer:
+        if not self._keeps_texts or not self.answer:
             return None
         data = bytes(self.answer)
         return self.answers.text_of_stream(data) if self.stream else self.answers.text(data)

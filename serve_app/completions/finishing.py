@@ -68,7 +68,7 @@ class Finishing:
     async def _record(self) -> None:
         record: RequestRecord | None = None
         with self.tried("record"):
-            record = self._exchange.record(self._config.bodies)
+            record = self._exchange.record()
         if record is None:
             self._exchange.fail(InternalError())
             return
@@ -79,7 +79,7 @@ class Finishing:
             self._spawn(self._append_behind(record))
         elif not await self._append(record):
             self._exchange.fail(LogUnavailable())
-            record = self._exchange.record(self._config.bodies)
+            record = self._exchange.record()
         self._report(record)
 
     async def _append_behind(self, record: RequestRecord) -> None:

@@ -15,7 +15,7 @@ from serve_app.stored import idempotency
 from serve_app.stored.idempotency import Claim, KeyUse, StoredAnswer, read_key
 
 _NO_KEYS = (
-    "This service keeps no answers (`bodies: none`), so it cannot send one again. "
+    "Answers to such requests are not kept in full (`bodies: {}`), so none can be sent again. "
     "Leave out Idempotency-Key."
 )
 
@@ -41,9 +41,10 @@ class Keyed:
         key = read_key(headers.getlist(idempotency.HEADER))
         if key is None:
             return False
-        if self._config.bodies is Bodies.NONE:
-            raise UnsupportedParameter(_NO_KEYS, param="Idempotency-Key")
         exchange = self._exchange
+        if exchange.bodies is not Bodies.FULL:
+            message = _NO_KEYS.format(exchange.bodies)
+            raise UnsupportedParameter(message, param="Idempotency-Key")
         use = KeyUse.of(principal.id, key, exchange.route, exchange.request_body or b"")
         self._claim = Claim(self._database, self._config.idempotency, use)
         self.replay = await self._claim.take()

@@ -64,7 +64,8 @@ _SAMPLING = frozenset(
     "include_stop_str_in_output length_penalty logit_bias logprob_token_ids logprobs max_tokens "
     "min_p min_tokens model n presence_penalty priority prompt_logprobs repetition_detection "
     "repetition_penalty response_format return_token_ids return_tokens_as_token_ids seed "
-    "skip_special_tokens spaces_between_special_tokens stop stop_token_ids stream stream_options "
+    "skip_special_tokens spaces_between_special_tokens stop stop_token_ids store stream "
+    "stream_options "
     "structured_outputs temperature thinking_token_budget top_k top_p truncate_prompt_tokens "
     "truncation_side user".split()
 )

@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from serve_app.accounts.sealing.master_keys import MasterKeys
 from serve_app.completions.body import Defaults
-from serve_app.config import Standing
+from serve_app.config import Bodies, Standing
 from serve_app.contracts import LimitKeeper, RecordSink
 from serve_app.identity.principal import Authenticator, Principal
 from serve_app.lazy_pool import LazyPool
@@ -73,7 +73,11 @@ class Parts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnBehalf:
-    """Who a request is made for by the gateway itself, and how it stands among others."""
+    """Who a request is made for by the gateway itself, and how it stands among others.
+
+    `bodies` is what is kept of it where that was settled before; its body does not say it then.
+    """
 
     principal: Principal
     standing: Standing
+    bodies: Bodies | None = None

@@ -30,7 +30,10 @@ def with_access(principal: Principal, config: GatewayConfig) -> Principal:
 def counted_roles(principal: Principal, config: GatewayConfig) -> frozenset[str]:
     """Return those of the principal's roles that the policy knows, for whatever it may be."""
     known = (
-        config.access.by_role.keys() | config.standings.roles.keys() | config.limits.roles.keys()
+        config.access.by_role.keys()
+        | config.standings.roles.keys()
+        | config.limits.roles.keys()
+        | config.bodies.roles.keys()
     )
     return frozenset(
         role

@@ -275,6 +275,7 @@ def _to_principal(key: ApiKey) -> Principal:
         # A key has no token to name roles; what it may do is what it is.
         roles=frozenset(permission.value for permission in terms.permissions),
         limits=terms.limits,
+        bodies=terms.bodies,
     )
 
 

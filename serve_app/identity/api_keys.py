@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from serve_app.audit.act import Actor, AuditAct
 from serve_app.audit.log import AuditLog
-from serve_app.config import LimitPolicy
+from serve_app.config import Bodies, LimitPolicy
 from serve_app.errors import InvalidRequest, NotFound
 from serve_app.identity.digest import digest_of
 from serve_app.identity.principal import Permission
@@ -77,13 +77,17 @@ def _random_base62(length: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyTerms:
-    """What a key is for and what it may do. `models` None allows every model."""
+    """What a key is for and what it may do. `models` None allows every model.
+
+    `bodies` is the most that is kept of what is asked with it; None leaves that to the policy.
+    """
 
     name: str
     note: str | None = None
     permissions: frozenset[Permission] = frozenset({Permission.USER})
     models: frozenset[str] | None = None
     limits: LimitPolicy | None = None
+    bodies: Bodies | None = None
     expires_at: datetime | None = None
 
 
@@ -138,6 +142,7 @@ class ApiKey:
             "permissions": sorted(terms.permissions),
             "models": None if terms.models is None else sorted(terms.models),
             "limits": None if terms.limits is None else _dump(terms.limits),
+            "bodies": terms.bodies,
             "created_at": _seconds(self.created_at),
             "created_by": self.created_by,
             "expires_at": _seconds(terms.expires_at),
@@ -444,11 +449,11 @@ def _check_text(param: str, value: str, max_chars: int) -> None:
         raise InvalidRequest(f"Give 1 to {max_chars} printable characters.", param=param)
 
 
-def _scope(terms: KeyTerms) -> tuple[list[str], list[str] | None, str | None]:
-    """Return permissions, models and limits as the table keeps them."""
+def _scope(terms: KeyTerms) -> tuple[list[str], list[str] | None, str | None, str | None]:
+    """Return permissions, models, limits and bodies as the table keeps them."""
     limits = None if terms.limits is None else orjson.dumps(_dump(terms.limits)).decode()
     models = None if terms.models is None else sorted(terms.models)
-    return sorted(terms.permissions), models, limits
+    return sorted(terms.permissions), models, limits, terms.bodies
 
 
 def _dump(limits: LimitPolicy) -> dict[str, Any]:
@@ -502,5 +507,11 @@ def _to_terms(row: asyncpg.Record) -> KeyTerms:
         permissions=frozenset(known[text] for text in row["permissions"] if text in known),
         models=None if row["models"] is None else frozenset(row["models"]),
         limits=None if limits is None else LimitPolicy.model_validate(orjson.loads(limits)),
+        bodies=_to_bodies(row["bodies"]),
         expires_at=row["expires_at"],
     )
+
+
+def _to_bodies(word: str | None) -> Bodies | None:
+    # A word that a newer release wrote is obeyed in the strictest way.
+    return None if word is None else Bodies(word) if word in set(Bodies) else Bodies.NONE

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from serve_app.config import LimitPolicy, ModelEntry
+from serve_app.config import Bodies, LimitPolicy, ModelEntry
 from serve_app.errors import PermissionDenied
 from serve_app.identity.api_keys import ApiKey, KeyTerms
 from serve_app.identity.principal import Permission, Principal
@@ -44,6 +44,7 @@ class Bounds:
     models: frozenset[str] | None = None
     usable: frozenset[str] | None = None
     limits: LimitPolicy | None = None
+    bodies: Bodies | None = None
     expires_at: datetime | None = None
 
     @classmethod
@@ -64,12 +65,18 @@ class Bounds:
             models=principal.models,
             usable=frozenset(model.name for model in models if principal.may_use(model)),
             limits=principal.limits,
+            bodies=principal.bodies,
             expires_at=None if own_key is None else own_key.terms.expires_at,
         )
 
     def widest(self) -> dict[str, Any]:
         """Return the terms of a new key that names none: as much as these bounds allow."""
-        return {"models": self.models, "limits": self.limits, "expires_at": self.expires_at}
+        return {
+            "models": self.models,
+            "limits": self.limits,
+            "bodies": self.bodies,
+            "expires_at": self.expires_at,
+        }
 
     def check(self, terms: KeyTerms) -> None:
         """Raise PermissionDenied where `terms` go beyond these bounds; names the field."""
@@ -87,6 +94,10 @@ class Bounds:
             yield "models", f"the models that you may use are {', '.join(sorted(self.usable))}"
         if (name := looser(terms.limits, self.limits)) is not None:
             yield "limits", f"your own `{name}` is lower"
+        if self.bodies is not None and (
+            terms.bodies is None or terms.bodies.rank > self.bodies.rank
+        ):
+            yield "bodies", f"of what you ask no more than {self.bodies} is kept"
         if self.expires_at is not None and (
             terms.expires_at is None or terms.expires_at > self.expires_at
         ):

@@ -50,6 +50,11 @@ async def _describe(principal: Principal, config: GatewayConfig, parts: Parts) -
         "permissions": [permission for permission in Permission if principal.holds(permission)],
         "models": [m.name for m in config.models if is_user and principal.may_use(m)],
         "api_key": await _api_key(principal, parts),
+        "bodies": {
+            model.name: config.bodies.of(model.name, principal.roles, principal.bodies)
+            for model in config.models
+            if is_user and principal.may_use(model)
+        },
         "limits": await _limits(principal, config, parts),
     }
 

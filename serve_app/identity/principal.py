@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Protocol
 
-from serve_app.config import LimitPolicy, ModelEntry
+from serve_app.config import Bodies, LimitPolicy, ModelEntry
 from serve_app.errors import PermissionDenied
 from serve_app.identity.permission import Permission as Permission
 from serve_app.records import PrincipalKind
@@ -19,8 +19,8 @@ class Principal:
     `id` is the token's `sub`, or the owner of the API key. `models` are the names of those that
     it may use; None allows every model that is not restricted. `roles` are all that the token
     names, those of the permissions among them; `groups` its groups, without a leading slash.
-    `client_id` is the client that the token was given to (`azp`). `limits` are those of the API
-    key itself.
+    `client_id` is the client that the token was given to (`azp`). `limits` and `bodies`
+    are those of the API key itself.
 
     Of a token it holds no permission before `serve_app.identity.access` has mapped its roles.
     """
@@ -34,6 +34,7 @@ class Principal:
     groups: frozenset[str] = frozenset()
     client_id: str | None = None
     limits: LimitPolicy | None = None
+    bodies: Bodies | None = None
 
     def may_use(self, model: ModelEntry) -> bool:
         """Tell whether this principal may use `model`, under whichever of its names."""

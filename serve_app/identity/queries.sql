@@ -12,9 +12,9 @@ where owner = $1 and replaced_by is null and revoked_at is null
 
 -- name: add
 insert into comp_ai.api_keys
-    (id, prefix, secret_hash, name, note, owner, permissions, models, limits,
+    (id, prefix, secret_hash, name, note, owner, permissions, models, limits, bodies,
      created_at, created_by, expires_at)
-values ($1, $2, $3, $4, $5, $6, $7, $8, $9::jsonb, $10, $11, $12)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9::jsonb, $10, $11, $12, $13)
 returning *;
 
 -- name: find
@@ -46,14 +46,16 @@ order by expires_at desc, id desc;
 
 -- name: change
 update comp_ai.api_keys
-set name = $2, note = $3, permissions = $4, models = $5, limits = $6::jsonb, expires_at = $7
+set name = $2, note = $3, permissions = $4, models = $5, limits = $6::jsonb, bodies = $7,
+    expires_at = $8
 where id = $1
 returning *;
 
 -- name: change_earlier
 -- What a key may do it may do with each of its secrets, and none outlives it.
 update comp_ai.api_keys
-set permissions = $2, models = $3, limits = $4::jsonb, expires_at = least(expires_at, $5)
+set permissions = $2, models = $3, limits = $4::jsonb, bodies = $5,
+    expires_at = least(expires_at, $6)
 where replaced_by = $1;
 
 -- name: end_earlier
@@ -70,9 +72,9 @@ returning *;
 
 -- name: keep_earlier
 insert into comp_ai.api_keys
-    (id, prefix, secret_hash, name, owner, permissions, models, limits,
+    (id, prefix, secret_hash, name, owner, permissions, models, limits, bodies,
      created_at, created_by, expires_at, last_used_at, replaced_by)
-select $1, $2, $3, name, owner, permissions, models, limits,
+select $1, $2, $3, name, owner, permissions, models, limits, bodies,
        created_at, created_by, least(expires_at, $4), $5, id
 from comp_ai.api_keys where id = $6;
 

@@ -34,7 +34,7 @@ class Wish:
 
 
 def read_wish(body: dict[str, Any], bodies: Bodies) -> Wish:
-    """Return what `body` asks of the store.
+    """Return what `body` asks of the store, where `bodies` is kept of its texts.
 
     Raises:
         InvalidRequest: it asks for what is not kept here, or contradicts itself.
@@ -46,8 +46,8 @@ def read_wish(body: dict[str, Any], bodies: Bodies) -> Wish:
     previous_id = body.get("previous_response_id")
     if store and not kept:
         raise InvalidRequest(
-            "This service keeps no prompts and no answers, so it stores no response. "
-            "Leave `store` out.",
+            f"Prompts and answers of this request are not kept in full (`bodies: {bodies}`), so "
+            "no response is stored. Leave `store` out.",
             param="store",
         )
     if background and not store:
@@ -74,6 +74,7 @@ class Keeping:
         config: GatewayConfig,
         *,
         response_id: str,
+        bodies: Bodies,
         principal_id: str,
         model: str,
         body: dict[str, Any],
@@ -85,7 +86,7 @@ class Keeping:
         self._principal_id = principal_id
         self._body = body
         self._before = NOTHING_BEFORE
-        self.wish = read_wish(body, config.bodies)
+        self.wish = read_wish(body, bodies)
 
     async def recall(self, ask: Ask) -> Ask:
         """Return `ask` with the conversation that it continues.

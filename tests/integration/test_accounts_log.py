@@ -36,6 +36,7 @@ class Metrics:
         self.lags: list[float] = []
         self.writes: list[float] = []
         self.rows: list[int] = []
+        self.not_redacted: list[int] = []
 
     def spool_depth(self, rows: int) -> None:
         self.depths.append(rows)
@@ -48,6 +49,9 @@ class Metrics:
 
     def postgres_write_s(self, seconds: float) -> None:
         self.writes.append(seconds)
+
+    def bodies_not_redacted(self, rows: int) -> None:
+        self.not_redacted.append(rows)
 
     def rows_written(self, rows: int) -> None:
         self.rows.append(rows)

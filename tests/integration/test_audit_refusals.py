@@ -40,6 +40,8 @@ class NoLogMetrics:
 
     def rows_written(self, rows: int) -> None: ...
 
+    def bodies_not_redacted(self, rows: int) -> None: ...
+
 
 def log_at(folder: Path, postgres: PostgresSettings, rows: int = 500) -> RequestLog:
     config = LogConfig(backoff_first_s=0.01, backoff_most_s=0.1, batch_rows=rows)

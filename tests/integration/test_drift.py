@@ -29,6 +29,7 @@ from serve_app.records import Outcome, RequestRecord, new_id, utc_now
 from serve_app.settings import PostgresSettings
 from tests.integration.command_line import comp_ai
 from tests.integration.fakes import World, client, until, world
+from tests.sealing import subject_keys
 
 MODEL = "model-small"
 CHAT = "/v1/chat/completions"
@@ -67,7 +68,7 @@ def _row(begun: datetime, seconds: float, tokens: int, replica: str = "replica-1
 
 async def _log(connection: asyncpg.Connection, rows: Sequence[RequestRecord]) -> None:
     await writer.prepare_session(connection)
-    await writer.write(connection, rows)
+    await writer.write(connection, rows, subject_keys())
 
 
 async def _only(connection: asyncpg.Connection, config: DriftConfig = AT_ONCE) -> ModelDrift:

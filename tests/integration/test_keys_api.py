@@ -134,6 +134,7 @@ async def test_the_life_of_a_key(http: httpx.AsyncClient, served: World) -> None
         note="for the nightly report",
         models=["small"],
         limits={"requests_per_minute": 50},
+        bodies="metadata",
         expires_at=expires_at,
     )
     secret = made.pop("key")
@@ -148,6 +149,7 @@ async def test_the_life_of_a_key(http: httpx.AsyncClient, served: World) -> None
         "permissions": ["comp-ai:user"],
         "models": ["small"],
         "limits": {"requests_per_minute": 50},
+        "bodies": "metadata",
         "created_at": made["created_at"],
         "created_by": "ada",
         "expires_at": expires_at,
@@ -160,6 +162,7 @@ async def test_the_life_of_a_key(http: httpx.AsyncClient, served: World) -> None
     assert await chat(http, secret, "large") == 404
     assert served.records[-1].principal_id == "ada"
     assert str(served.records[-1].api_key_id) == made["id"]
+    assert served.records[-1].bodies == "metadata"
 
     shown = (await http.get(f"/v1/keys/{made['id']}", headers=by(ADA))).json()
     assert shown == made

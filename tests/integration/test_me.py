@@ -77,6 +77,7 @@ async def test_a_token_is_told_what_its_roles_and_groups_give(
         "permissions": ["comp-ai:user", "comp-ai:auditor"],
         "models": ["small", "secret"],
         "api_key": None,
+        "bodies": {"small": "full", "secret": "full"},
     }
     assert {(each["for"], each["limit"], each["allowed"], each["currency"]) for each in limits} == {
         ("everyone together", "cost_per_month", 2.5, "EUR"),

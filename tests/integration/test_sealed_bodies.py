@@ -313,3 +313,26 @@ async def test_a_key_of_the_service_stays_the_same(connection: asyncpg.Connectio
         again = await SubjectKeys(MasterKeys.parse(new)).service_key(connection, "erasures")
     assert first == again != other
     assert len(first) == 32
+
+
+# What the policy says of a record.
+
+
+async def test_a_record_is_redacted_before_it_is_sealed(
+    tmp_path: Path, database: PostgresSettings, connection: asyncpg.Connection
+) -> None:
+    asked = '{"prompt": "Write to ada@example.org"}'
+    good = record(bodies="redacted", request_body=asked, response_text="b@example.org wrote")
+    bad = record(bodies="redacted", request_body="{broken", response_text="b@example.org wrote")
+    async with log_at(tmp_path, database) as log:
+        await log.append(good)
+        await log.append(bad)
+        assert await log.drain(_TIMEOUT_S)
+    assert await opened(connection) == {
+        good.id: Body(request='{"prompt":"Write to [EMAIL]"}', response="[EMAIL] wrote")
+    }
+    words = await connection.fetch("select id, bodies from comp_ai.requests")
+    assert {str(row["id"]): row["bodies"] for row in words} == {
+        str(good.id): "redacted",
+        str(bad.id): "metadata",
+    }

@@ -28,7 +28,7 @@ def parse(**more: Any) -> GatewayConfig:
 def test_defaults_are_the_safe_ones() -> None:
     config = parse()
     assert config.durability is Durability.SYNC
-    assert config.bodies is Bodies.FULL
+    assert config.bodies.default is Bodies.FULL
     assert config.limits.policy_of("anybody") == LimitPolicy()
 
 

@@ -38,11 +38,12 @@ class HeldLease:
 
 
 def exchange(route: str = "chat.completions", **more: Any) -> Exchange:
-    return Exchange(route=route, request_id="from-client", client_address="10.0.0.1", **more)
+    known = {"request_id": "from-client", "client_address": "10.0.0.1", "bodies": Bodies.FULL}
+    return Exchange(route=route, **{**known, **more})
 
 
 def record(of: Exchange) -> RequestRecord:
-    return of.record(Bodies.FULL)
+    return of.record()
 
 
 def test_nothing_but_a_request() -> None:
@@ -177,12 +178,26 @@ def test_server_timing() -> None:
     assert Timings().server_timing(0.6) == "total;dur=600.00"
 
 
-def test_bodies_are_kept_where_the_policy_says_so() -> None:
+@pytest.mark.parametrize(
+    ("bodies", "texts"),
+    [
+        (Bodies.FULL, ('{"a":"é"}', "Yes.")),
+        (Bodies.REDACTED, ('{"a":"é"}', "Yes.")),  # the log does it, before it writes them
+        (Bodies.METADATA, ("shape", None)),
+        (Bodies.NONE, (None, None)),
+        (None, (None, None)),
+    ],
+)
+def test_bodies_are_kept_as_the_policy_says(
+    bodies: Bodies | None, texts: tuple[str | None, str | None]
+) -> None:
     frames = b'data: {"choices":[{"index":0,"delta":{"content":"Yes."}}]}\n\n'
-    one = exchange(stream=True, request_body=b'{"a":"\xc3\xa9"}', answer=bytearray(frames))
-    assert (record(one).request_body, record(one).response_text) == ('{"a":"é"}', "Yes.")
-    bare = one.record(Bodies.NONE)
-    assert (bare.request_body, bare.response_text) == (None, None)
+    body = b'{"a":"\xc3\xa9"}'
+    one = exchange(
+        stream=True, request_body=body, answer=bytearray(frames), bodies=bodies, shape="shape"
+    )
+    row = record(one)
+    assert (row.bodies, row.request_body, row.response_text) == (bodies, *texts)
 
 
 def test_request_that_is_no_utf8_is_kept_as_far_as_it_goes() -> None:

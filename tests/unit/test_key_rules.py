@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.config import LimitPolicy, ModelEntry
+from serve_app.config import Bodies, LimitPolicy, ModelEntry
 from serve_app.errors import PermissionDenied
 from serve_app.identity.api_keys import KeyTerms
 from serve_app.identity.key_rules import Bounds, looser, require_new_keys, require_own_keys
@@ -24,6 +24,7 @@ TIGHT = Bounds(
     permissions=frozenset({Permission.USER}),
     models=frozenset({"small"}),
     limits=LimitPolicy(concurrency=2),
+    bodies=Bodies.METADATA,
     expires_at=SOON,
 )
 GOOD: dict[str, Any] = {"name": "k", **TIGHT.widest()}
@@ -78,6 +79,8 @@ def test_as_much_as_one_has_is_allowed() -> None:
         ("permissions", frozenset({Permission.ADMIN})),
         ("models", None),
         ("models", frozenset({"small", "large"})),
+        ("bodies", None),
+        ("bodies", Bodies.REDACTED),
         ("limits", None),
         ("limits", LimitPolicy()),
         ("limits", LimitPolicy(concurrency=3)),
