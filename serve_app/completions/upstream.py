@@ -13,9 +13,12 @@ from serve_app.contracts import LeaseGrant
 from serve_app.errors import EngineFailed
 from serve_app.replica import ABORT_PATH, LEASE_HEADER, REQUEST_ID_HEADER
 
-# How long a cut answer may take to tell its usage; the engine needs one step for it. The
-# abort is repeated meanwhile, because one that overtakes its request finds nothing to end.
+# How long a replica may take to agree to end an answer; the abort is repeated meanwhile, because
+# one that overtakes its request finds nothing to end.
 STATEMENT_TIMEOUT_S = 0.75
+# And to tell its usage then. The engine needs one step for it, but on a busy machine the way here
+# may take a while; what is not told is missing in the accounts.
+_AGREED_TIMEOUT_S = 3.0
 _ABORT_EVERY_S = 0.2
 
 
@@ -86,10 +89,12 @@ class Upstream:
     async def abort_until(self, ended: asyncio.Future[None]) -> None:
         """Ask the engine to end early and in good order, until `ended` or out of time."""
         loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + STATEMENT_TIMEOUT_S
+        begun_s = loop.time()
+        deadline_s = begun_s + STATEMENT_TIMEOUT_S
         while not ended.done() and loop.time() < deadline_s:
             if not await self._abort(deadline_s - loop.time()):
                 return
+            deadline_s = begun_s + _AGREED_TIMEOUT_S
             await asyncio.wait([ended], timeout=_ABORT_EVERY_S)
 
     async def _abort(self, timeout_s: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -30,6 +31,8 @@ CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 SLOW_START = FakeEngineConfig(time_to_first_token_s=3600, time_per_token_s=0)
 SLOW = FakeEngineConfig(time_to_first_token_s=0, time_per_token_s=0.01)
+
+_NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 # How the gateway learns of it: the connection closes, or Serve cancels the handler.
 GoAway = Callable[["Caller"], Awaitable[None]]
@@ -127,6 +130,8 @@ class Caller:
         self.served = served
         self.received = bytearray()
         self._http = httpx.AsyncClient(
+            # Made once: with the system's CAs it takes longer than the request.
+            verify=_NO_TLS,
             base_url=url or served.url,
             headers=AUTHORIZATION,
             timeout=30,
@@ -139,6 +144,10 @@ class Caller:
         async with self._http.stream("POST", path, json=body) as response:
             async for part in response.aiter_raw():
                 self.received += part
+
+    async def answered(self) -> None:
+        """Wait for the end of the answer."""
+        await self._asking
 
     async def disconnect(self) -> None:
         """Close the connection."""
@@ -358,6 +367,19 @@ async def test_client_goes_away_while_it_sends_its_body(stream: bool) -> None:
         assert (row.outcome, row.model, row.principal_id) == (Outcome.CANCELLED, None, "user-1")
 
 
+async def test_usage_that_is_told_late_is_not_lost() -> None:
+    """As on a busy machine: the replica agrees to end the answer, and is slow to do it."""
+    async with world(SLOW) as served:
+        abort, loop = served.replica.engine.abort, asyncio.get_running_loop()
+        served.replica.engine.abort = lambda one: loop.call_later(1, abort, one)  # type: ignore
+        async with calling(served, CHAT, stream=True, max_tokens=2000) as caller:
+            await _generating(served)
+            await caller.disconnect()
+            row = await served.the_record()
+    assert (row.outcome, row.prompt_tokens) == (Outcome.CANCELLED, 3)
+    served.assert_accounts_add_up()
+
+
 async def test_many_clients_go_away_at_random_moments() -> None:
     speed = FakeEngineConfig(time_to_first_token_s=0.01, time_per_token_s=0.002)
     async with world(speed) as served, contextlib.AsyncExitStack() as stack:
@@ -370,7 +392,10 @@ async def test_many_clients_go_away_at_random_moments() -> None:
         for number, caller in enumerate(callers):
             await asyncio.sleep(0.001 * (number % 5))
             await caller.disconnect()
-        # Who went away before the request was out leaves none.
+        # Connections are taken in their order: when this one is answered, the app has seen every
+        # request that came out. Who went away before that leaves none.
+        async with calling(served, TEXT, stream=False, max_tokens=1) as last:
+            await last.answered()
         await until(lambda: not served.app.busy)
         await served.quiet(records=len(served.records))
         assert served.records
