@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app import request_id, timing
-from serve_app.errors import NotFound, RequestError, Unavailable, to_openai
+from serve_app.errors import RequestError, Unavailable, to_openai
 
 # Serve's own health and routes, for those who ask the proxy itself.
 _OF_SERVE = ("/-/healthz", "/-/routes")
@@ -90,6 +90,6 @@ def _error(start: Message) -> RequestError | None:
         "content-type", ""
     ).startswith("text/plain"):
         return None
-    if start["status"] == NotFound.status:
-        return NotFound()
+    # A 404 too: the gateway takes every path, so a proxy that finds none has only just started,
+    # and has not heard of the gateway yet.
     return Unavailable(retry_after_s=_RETRY_AFTER_S)

@@ -32,7 +32,7 @@ async def lost(scope: Scope, receive: Receive, send: Send) -> None:
         (lost, 503, "unavailable"),
         (PlainTextResponse("Deployment is unavailable", 503), 503, "unavailable"),
         (PlainTextResponse("Internal Server Error", 500), 503, "unavailable"),
-        (PlainTextResponse("Path '/x' not found.", 404), 404, "not_found"),
+        (PlainTextResponse("Path '/x' not found.", 404), 503, "unavailable"),
     ],
 )
 async def test_what_serve_says_comes_in_the_openai_form(
