@@ -11,6 +11,7 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -22,6 +23,7 @@ from starlette.routing import Route
 
 from serve_app import fake_pooling
 from serve_app.engine_counters import EngineCounters
+from serve_app.fake_journal import CountJournal
 from serve_app.fake_responses import FakeResponse, prompt_of
 
 _DIRECTIVE = re.compile(r"\[\[(drop_after|stall_after|error)=(\d+)\]\]")
@@ -36,6 +38,9 @@ class FakeEngineConfig(BaseModel):
     time_to_first_token_s: float = Field(default=0.02, ge=0)
     time_per_token_s: float = Field(default=0.005, ge=0)
     word_chars: int = Field(default=0, ge=0, description="Words are made as long as this.")
+    journal: Path | None = Field(
+        default=None, description="Folder where each step is noted, for counts beyond a SIGKILL."
+    )
 
 
 class ConnectionDropped(Exception):
@@ -50,6 +55,7 @@ class FakeEngine:
         self._aborted: dict[str, asyncio.Event] = {}
         self._prompt_tokens = 0
         self._completion_tokens = 0
+        self._journal = None if config.journal is None else CountJournal(config.journal)
         # The last bodies, without what was asked: for tests.
         self.asked: deque[dict[str, Any]] = deque(maxlen=100)
 
@@ -141,7 +147,7 @@ class FakeEngine:
             del self._aborted[request_id]
         # Ended early vLLM states these prompts all the same, but does not count them.
         if not ended_early:
-            self._prompt_tokens += fake_pooling.count(texts)
+            self._count(request_id, fake_pooling.count(texts), 0)
         return JSONResponse(answer)
 
     async def _tokenize(self, request: Request) -> Response:
@@ -189,11 +195,16 @@ class FakeEngine:
                     return
                 # Against a fixed schedule, so that a busy machine does not stretch the speed.
                 due += self._config.time_per_token_s
-                self._prompt_tokens += prompt_tokens if index == 0 else 0
-                self._completion_tokens += 1
+                self._count(request_id, prompt_tokens if index == 0 else 0, 1)
                 yield f"w{index} ".ljust(self._config.word_chars, "x")
         finally:
             del self._aborted[request_id]
+
+    def _count(self, request_id: str, prompt_tokens: int, completion_tokens: int) -> None:
+        self._prompt_tokens += prompt_tokens
+        self._completion_tokens += completion_tokens
+        if self._journal is not None:
+            self._journal.count(request_id, prompt_tokens, completion_tokens)
 
 
 def _directives(prompt: str) -> dict[str, int]:

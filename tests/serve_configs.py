@@ -79,6 +79,11 @@ def add_fake(config: dict[str, Any], name: str, *, replicas: int, **speed: float
     policy["models"].append({"name": name, "app": name, "max_tokens": 1_000_000})
 
 
+def keep_journals(config: dict[str, Any], folder: Path) -> None:
+    """Have the engines of the fake model note in `folder` what they count."""
+    _app(config, FAKE_MODEL)["args"]["speed"]["journal"] = str(folder)
+
+
 def suite_config(*, real_model: bool, gateways: int, cold_model: bool = False) -> dict[str, Any]:
     """Return the shipped CPU config with a fake model beside or instead of the real one."""
     config: dict[str, Any] = _shipped("local-cpu")

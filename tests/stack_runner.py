@@ -49,6 +49,13 @@ class RunningStack:
     env: dict[str, str]
     process: subprocess.Popen[bytes]
     probe: subprocess.Popen[str] | None = None
+    # Whose PostgreSQL it uses, where not its own.
+    postgres_home: Path | None = None
+
+    @property
+    def postgres(self) -> EmbeddedPostgres:
+        """The PostgreSQL of the accounts."""
+        return EmbeddedPostgres(self.postgres_home or self.home)
 
     @property
     def url(self) -> str:
@@ -83,7 +90,7 @@ class RunningStack:
         return asyncio.run(self._rows(query, *args))
 
     async def _rows(self, query: str, *args: object) -> list[asyncpg.Record]:
-        settings = EmbeddedPostgres(self.home).settings()
+        settings = self.postgres.settings()
         assert settings.password is not None
         connection = await asyncpg.connect(
             host=settings.host,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.serve_configs import FAKE_MODEL, add_fake, suite_config
+from tests.serve_configs import FAKE_MODEL, add_fake, keep_journals, suite_config
 from tests.sign_in_door import SignInDoor, sign_in_door
 from tests.stack_runner import RunningStack, running_stack
 
@@ -45,8 +45,17 @@ def door() -> Iterator[SignInDoor]:
 
 
 @pytest.fixture(scope="session")
-def stack(door: SignInDoor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
+def journals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the engines of the fake model note what they counted."""
+    return tmp_path_factory.mktemp("journals")
+
+
+@pytest.fixture(scope="session")
+def stack(
+    door: SignInDoor, journals: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningStack]:
     config = suite_config(real_model=False, gateways=2)
+    keep_journals(config, journals)
     add_fake(config, PAIR, replicas=2)
     # Long words, to fill the buffers on the way, some ten megabytes, with fewer frames.
     add_fake(config, FLOOD, replicas=1, time_to_first_token_s=0, time_per_token_s=0, word_chars=300)

@@ -3,30 +3,59 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import uuid
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import orjson
 
 from tests.serve_configs import FAKE_MODEL
 
-_CLIENTS = 16
-_TOKENS = 20
-_RETRY_S = 0.1
+CLIENTS = 16
+_RETRY_S = 0.3
+# Of nginx or Serve's proxy, where no gateway could be reached.
+UNREACHED = "503 unavailable"
+_DONE = b"data: [DONE]\n\n"
 
 
 @dataclass
 class Seen:
     """What the clients saw, by request id."""
 
-    completed: set[str] = field(default_factory=set)
+    # With the tokens that the answer told: prompt and completion.
+    completed: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    # Where the client went away itself.
+    left: set[str] = field(default_factory=set)
 
     @property
-    def asked(self) -> int:
+    def asked(self) -> list[str]:
         """Requests that have ended one way or the other."""
-        return len(self.completed) + len(self.failed)
+        return [*self.completed, *self.failed, *self.left]
+
+    @property
+    def troubles(self) -> Counter[str]:
+        """How often requests failed, by what the client saw."""
+        return Counter(self.failed.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the clients ask for.
+
+    Args:
+        tokens: fewest and most tokens of an answer.
+        streams: whether every other client streams.
+        leaving: which part of the streams is left in the middle.
+    """
+
+    model: str = FAKE_MODEL
+    tokens: tuple[int, int] = (20, 20)
+    streams: bool = True
+    leaving: float = 0.0
 
 
 class Load:
@@ -36,14 +65,14 @@ class Load:
         self,
         url: str,
         headers: dict[str, str],
+        wishes: Wishes | None = None,
         *,
-        model: str = FAKE_MODEL,
-        streams: bool = True,
+        seed: int = 0,
     ) -> None:
         self._url = url
         self._headers = headers
-        self._model = model
-        self._streams = streams
+        self._wishes = wishes or Wishes()
+        self._seed = seed
         self._stop = asyncio.Event()
         self.seen = Seen()
 
@@ -52,48 +81,72 @@ class Load:
         async with httpx.AsyncClient(
             base_url=self._url, headers=self._headers, timeout=60, trust_env=False
         ) as http:
-            await asyncio.gather(*(self._client(http, number) for number in range(_CLIENTS)))
+            await asyncio.gather(*(self._client(http, number) for number in range(CLIENTS)))
 
     def stop(self) -> None:
         """Let every client finish its request, then end."""
         self._stop.set()
 
-    async def completed(self, more: int) -> None:
-        """Wait until `more` further requests were seen complete."""
+    async def completed(self, more: int, *, timeout_s: float = 120) -> None:
+        """Wait until `more` further requests were seen complete. Raises TimeoutError."""
         wanted = len(self.seen.completed) + more
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(timeout_s):
             while len(self.seen.completed) < wanted:  # noqa: ASYNC110  many clients add to it
                 await asyncio.sleep(0.02)
 
     async def _client(self, http: httpx.AsyncClient, number: int) -> None:
+        rng = random.Random(f"{self._seed}-{number}")
+        stream = self._wishes.streams and number % 2 == 0
         while not self._stop.is_set():
             request_id = uuid.uuid4().hex
             try:
-                trouble = await self._ask(
-                    http, request_id, stream=self._streams and number % 2 == 0
-                )
+                await self._ask(http, request_id, rng, stream=stream)
             except httpx.HTTPError as error:
-                trouble = type(error).__name__
-            if trouble is None:
-                self.seen.completed.add(request_id)
-                continue
-            self.seen.failed[request_id] = trouble
-            # A client that is refused tries again a little later.
-            await asyncio.sleep(_RETRY_S)
+                self.seen.failed[request_id] = type(error).__name__
+            if request_id in self.seen.failed:
+                # A client that is refused tries again a little later.
+                await asyncio.sleep(_RETRY_S)
 
-    async def _ask(self, http: httpx.AsyncClient, request_id: str, *, stream: bool) -> str | None:
-        """Return None where a complete answer came, else what came instead."""
+    async def _ask(
+        self, http: httpx.AsyncClient, request_id: str, rng: random.Random, *, stream: bool
+    ) -> None:
+        tokens = rng.randint(*self._wishes.tokens)
         body = {
-            "model": self._model,
+            "model": self._wishes.model,
             "messages": [{"role": "user", "content": "Hello"}],
-            "max_tokens": _TOKENS,
+            "max_tokens": tokens,
             "stream": stream,
         }
-        headers = {"X-Request-ID": request_id}
-        answer = await http.post("/v1/chat/completions", json=body, headers=headers)
-        if answer.status_code != 200:
-            return str(answer.status_code)
         if stream:
-            return None if answer.text.endswith("data: [DONE]\n\n") else "stream cut"
-        usage = orjson.loads(answer.content)["usage"]
-        return None if usage["completion_tokens"] == _TOKENS else "answer cut"
+            body["stream_options"] = {"include_usage": True}
+        leaves = stream and rng.random() < self._wishes.leaving
+        headers = {"X-Request-ID": request_id}
+        async with http.stream(
+            "POST", "/v1/chat/completions", json=body, headers=headers
+        ) as answer:
+            if leaves and answer.status_code == 200:
+                self.seen.left.add(request_id)
+                return
+            self._note(request_id, answer, await answer.aread(), tokens)
+
+    def _note(self, request_id: str, answer: httpx.Response, content: bytes, tokens: int) -> None:
+        last = _last_object(content)
+        # A stream is complete with its mark, whatever came before.
+        whole = answer.status_code == 200 and content.endswith((_DONE, b"}"))
+        usage = last.get("usage") if whole else None
+        if usage is not None and usage["completion_tokens"] == tokens:
+            self.seen.completed[request_id] = usage["total_tokens"]
+        else:
+            code = (last.get("error") or {}).get("code", "cut")
+            self.seen.failed[request_id] = f"{answer.status_code} {code}"
+
+
+def _last_object(content: bytes) -> dict[str, Any]:
+    """Return the answer, or the last frame of a stream that came to its end; else nothing."""
+    if not content.startswith(b"{"):
+        content = content.removesuffix(_DONE).rstrip().rpartition(b"data: ")[2]
+    try:
+        found = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}

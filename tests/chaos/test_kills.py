@@ -3,141 +3,71 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-from collections.abc import Callable
+import random
+import secrets
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from serve_app.stack.postgres import EmbeddedPostgres
-from tests.chaos.load import Load, Seen
+from tests.chaos.load import Load, Wishes
+from tests.chaos.reconcile import forget_counts, reconcile
+from tests.chaos.storm import Storm, rage
+from tests.chaos.victims import VICTIMS
 from tests.serve_configs import FAKE_MODEL
 from tests.stack_runner import RunningStack, wait_until
 
-_BEFORE = 60
-_AFTER = 100
+_BETWEEN = 80
+_WISHES = Wishes(tokens=(1, 20), leaving=0.1)
 
 
-def _gateway(stack: RunningStack) -> int:
-    return stack.replicas("Gateway")[0].pid
-
-
-def _request_log(stack: RunningStack) -> int:
-    return stack.replicas("RequestLog")[0].pid
-
-
-def _limits(stack: RunningStack) -> int:
-    return stack.replicas("Limits")[0].pid
-
-
-def _postgres(stack: RunningStack) -> int:
-    pid = EmbeddedPostgres(stack.home).running_pid()
-    assert pid is not None
-    return pid
-
-
-def _nginx(stack: RunningStack) -> int:
-    return next(p.pid for p in stack.processes("nginx: master"))
-
-
-def _model(stack: RunningStack) -> int:
-    return stack.replicas(f"Model:{FAKE_MODEL}")[0].pid
-
-
-def _proxy(stack: RunningStack) -> int:
-    return stack.processes("ray::ProxyActor")[0].pid
-
-
-def _controller(stack: RunningStack) -> int:
-    return stack.processes("ray::ServeController")[0].pid
-
-
-VICTIMS: dict[str, Callable[[RunningStack], int]] = {
-    "gateway": _gateway,
-    "request log": _request_log,
-    "PostgreSQL": _postgres,
-    "limits": _limits,
-    "model": _model,
-    "nginx": _nginx,
-    "proxy": _proxy,
-    "controller": _controller,
-}
-
-
-async def _kill_under_load(stack: RunningStack, victim: int) -> Seen:
-    load = Load(stack.url, stack.bootstrap)
-    running = asyncio.create_task(load.run())
-    try:
-        await load.completed(_BEFORE)
-        os.kill(victim, signal.SIGKILL)
-        await load.completed(_AFTER)
-    finally:
-        load.stop()
-        await running
-    return load.seen
-
-
-def reconcile(stack: RunningStack, seen: Seen) -> None:
-    """Compare what clients saw with what the log holds; print the totals."""
-    ids = list(seen.completed)
-    stack.settled_rows(
-        "select 1 from comp_ai.requests where request_id = any($1) and outcome = 'completed'",
-        len(ids),
-        ids,
+@pytest.mark.timeout(600)
+def test_nothing_that_completed_is_lost_or_doubled(stack: RunningStack, journals: Path) -> None:
+    """Each part is killed, some twice. The long form is `python -m load_tests.chaos`."""
+    wait_until(stack.ready, "ready before the kills", 60)
+    seed = secrets.randbelow(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    victims = [*VICTIMS, *rng.choices([*VICTIMS], k=4)]
+    rng.shuffle(victims)
+    forget_counts(journals)
+    storm = asyncio.run(
+        rage(stack, victims, rng, _WISHES, between=_BETWEEN, at_the_end=2 * _BETWEEN)
     )
-    rows = stack.rows(
-        "select request_id, count(*) as n, min(outcome) as outcome, "
-        "min(completion_tokens) as tokens from comp_ai.requests "
-        "where request_id = any($1) group by request_id",
-        ids,
-    )
-    doubled = [row["request_id"] for row in rows if row["n"] != 1]
-    assert not doubled
-    assert {row["request_id"] for row in rows} == seen.completed
-    assert {(row["outcome"], row["tokens"]) for row in rows} == {("completed", 20)}
-    again = stack.rows(
-        "select request_id from comp_ai.requests where request_id = any($1) "
-        "group by request_id having count(*) > 1",
-        list(seen.failed),
-    )
-    assert not again
-    print(f"{len(ids)} completed, {len(seen.failed)} failed {set(seen.failed.values())}: 0 lost")
+    wait_until(stack.ready, "ready after the kills", 90)
+    account = reconcile(stack, storm, journals)
+    print(f"{storm.kills.total()} kills: {account}")
+    assert account.wrong == []
 
 
-@pytest.mark.parametrize("victim", VICTIMS)
-def test_nothing_that_completed_is_lost_or_doubled(stack: RunningStack, victim: str) -> None:
-    wait_until(stack.ready, "ready before the kill", 60)
-    pid = VICTIMS[victim](stack)
-    seen = asyncio.run(_kill_under_load(stack, pid))
-    assert not psutil.pid_exists(pid)
-    wait_until(stack.ready, f"ready after {victim} was killed", 60)
-    reconcile(stack, seen)
-
-
-def test_postgres_may_be_away(stack: RunningStack) -> None:
+def test_postgres_may_be_away(stack: RunningStack, journals: Path) -> None:
     """Stopped, not killed: the supervisor sees a living process that does not answer."""
-    postgres = psutil.Process(_postgres(stack))
+    wait_until(stack.ready, "ready", 60)
+    forget_counts(journals)
+    pid = stack.postgres.running_pid()
+    assert pid is not None
+    postgres = psutil.Process(pid)
     family = [postgres, *postgres.children(recursive=True)]
     for process in family:
         process.suspend()
     try:
-        seen = asyncio.run(_some_load(stack))
+        storm = asyncio.run(_some_load(stack))
     finally:
         for process in family:
             process.resume()
-    assert not seen.failed
-    reconcile(stack, seen)
+    assert not storm.seen.failed
+    account = reconcile(stack, storm, journals)
+    assert (account.wrong, account.unrecorded) == ([], 0)
 
 
-async def _some_load(stack: RunningStack) -> Seen:
+async def _some_load(stack: RunningStack) -> Storm:
     load = Load(stack.url, stack.bootstrap)
     running = asyncio.create_task(load.run())
-    await load.completed(_AFTER)
+    await load.completed(100)
     load.stop()
     await running
-    return load.seen
+    return Storm(seen=load.seen)
 
 
 def test_key_of_a_killed_gateway_is_free_again(stack: RunningStack) -> None:

@@ -14,7 +14,7 @@ import orjson
 import psutil
 
 from tests.chaos.conftest import FLOOD, PAIR, WRITE_TIMEOUT_S
-from tests.chaos.load import Load, Seen
+from tests.chaos.load import Load, Seen, Wishes
 from tests.stack_runner import RunningStack, wait_until
 
 _MIB = 1024 * 1024
@@ -27,7 +27,7 @@ def _retries(stack: RunningStack) -> float:
 
 
 async def _kill(stack: RunningStack, victim: int) -> Seen:
-    load = Load(stack.url, stack.bootstrap, model=PAIR, streams=False)
+    load = Load(stack.url, stack.bootstrap, Wishes(model=PAIR, streams=False))
     running = asyncio.create_task(load.run())
     try:
         await load.completed(60)

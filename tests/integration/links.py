@@ -43,11 +43,11 @@ class Link:
             writer.transport.abort()
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host, port = self.target.host, self.target.port
-        if host.startswith("/"):
-            far = await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
-        else:
-            far = await asyncio.open_connection(host, port)
+        try:
+            far = await self._reach()
+        except OSError:
+            writer.transport.abort()
+            return
         pair = {writer, far[1]}
         self._writers |= pair
         try:
@@ -56,6 +56,12 @@ class Link:
             self._writers -= pair
             for end in pair:
                 end.close()
+
+    async def _reach(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        host, port = self.target.host, self.target.port
+        if host.startswith("/"):
+            return await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
+        return await asyncio.open_connection(host, port)
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):

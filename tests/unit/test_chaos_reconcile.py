@@ -1,0 +1,80 @@
+"""The judge of the chaos suite: what it must find wrong."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.fake_engine import FakeEngine, FakeEngineConfig
+from serve_app.fake_journal import CountJournal, read_journals
+from tests.chaos.load import CLIENTS, Seen
+from tests.chaos.reconcile import compare, forget_counts
+from tests.chaos.storm import Storm
+
+ROW = uuid.UUID(int=1)
+COUNTED = {ROW.hex: 5}
+
+
+def _row(request_id: str = "a", **fields: Any) -> dict[str, Any]:
+    return {"id": ROW, "request_id": request_id, "outcome": "completed", "tokens": 5, **fields}
+
+
+def _storm(**seen: Any) -> Storm:
+    return Storm(seen=Seen(**seen))
+
+
+def test_completed_answer_with_its_row_is_well() -> None:
+    account = compare(_storm(completed={"a": 5}), [_row()], COUNTED, given_up=set())
+    assert (account.wrong, account.cut_tokens, account.unrecorded) == ([], 0, 0)
+    assert "0 lost, 0 doubled" in str(account)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "lost: a"),
+        ([_row(), _row()], "doubled: a"),
+        ([_row(outcome="failed")], "failed 5, seen 5"),
+        ([_row(tokens=4)], "completed 4, seen 5"),
+        ([_row(tokens=6)], "engines counted 5"),
+    ],
+)
+def test_what_is_wrong_is_named(rows: list[dict[str, Any]], words: str) -> None:
+    account = compare(_storm(completed={"a": 5}), rows, COUNTED, given_up=set())
+    assert words in "; ".join(account.wrong)
+
+
+def test_request_without_row_needs_a_killed_gateway_or_its_word() -> None:
+    storm = _storm(failed={"a": "RemoteProtocolError"})
+    account = compare(storm, [], COUNTED, given_up=set())
+    assert account.wrong == ["1 requests of the engines have no row, explained are 0"]
+    told = compare(storm, [], COUNTED, given_up={ROW.hex})
+    assert (told.wrong, told.given_up, told.given_up_tokens) == ([], 1, 5)
+    storm.kills["gateway"] = 1
+    killed = compare(storm, [], COUNTED, given_up=set())
+    assert (killed.wrong, killed.unrecorded, killed.unrecorded_tokens) == ([], 1, 5)
+    many = {uuid.UUID(int=n).hex: 1 for n in range(CLIENTS + 1)}
+    storm.seen.failed = {str(n): "cut" for n in range(2 * CLIENTS)}
+    assert compare(storm, [], many, given_up=set()).wrong != []
+
+
+def test_tokens_beyond_the_row_are_those_of_attempts_that_were_cut() -> None:
+    row = _row(outcome="cancelled", tokens=3)
+    account = compare(_storm(left={"a"}), [row], COUNTED, given_up=set())
+    assert (account.wrong, account.cut_tokens) == ([], 2)
+
+
+async def test_engine_notes_each_token_before_it_goes_out(tmp_path: Path) -> None:
+    engine = FakeEngine(FakeEngineConfig(time_to_first_token_s=0, journal=tmp_path))
+    words = engine._words("one", 3, 10, {})
+    await anext(words)
+    await anext(words)
+    assert read_journals(tmp_path) == {"one": 5}
+    await words.aclose()  # type: ignore[attr-defined]
+    CountJournal(tmp_path).count("one", 1, 0)
+    assert read_journals(tmp_path) == {"one": 6}
+    forget_counts(tmp_path)
+    assert read_journals(tmp_path) == {}
