@@ -191,6 +191,7 @@ async def one_round(
     account = await asyncio.to_thread(reconcile, stack, storm, journals)
     totals.add(storm, account)
     print(f"round {totals.rounds}: {storm.kills.total()} kills {dict(storm.kills)}: {account}")
+    print(f"    other trouble until now: {dict(totals.faults)}")
     for reason, times in account.failed.most_common():
         print(f"    {times} x {reason}")
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from tests.integration.links import Link
 
 _CHUNK = bytes(256 * 1024)
-_CLOCK_STEPS_S = (-90 * 86400, -3600, -5, 5, 3600, 90 * 86400)
+_CLOCK_STEPS_S = (-86400, -3600, -5, 5, 3600, 86400)
 
 
 class Fault(Protocol):
@@ -103,7 +103,8 @@ class MovedClock:
         return {
             "LD_PRELOAD": str(self._library),
             "FAKETIME_TIMESTAMP_FILE": str(self._file),
-            "FAKETIME_CACHE_DURATION": "1",
+            # Else it reads the file by its own clock, and not for long after a step back.
+            "FAKETIME_NO_CACHE": "1",
             # A moved clock leaves these alone, as on a real machine.
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             "DONT_FAKE_MONOTONIC": "1",
