@@ -13,7 +13,7 @@ import asyncpg
 
 from serve_app.audit.act import Actor, AuditAct
 from serve_app.audit.log import AuditLog
-from serve_app.backup.contents import read_contents
+from serve_app.backup.contents import query, read_contents
 from serve_app.backup.errors import BackupError
 from serve_app.backup.folder import BackupFolder, measure
 from serve_app.backup.keyring import KeyRingFile
@@ -96,7 +96,8 @@ class Backups:
             program = await self.programs.check(contents.server_major)
             snapshot = await connection.fetchval("select pg_export_snapshot()")
             # The transaction stays open as long as pg_dump reads its snapshot.
-            await self.programs.dump(settings, file, snapshot=snapshot)
+            same = await as_encrypted(connection, settings)
+            await self.programs.dump(same, file, snapshot=snapshot)
         # After the dump: each key that seals something in it is in the ring.
         await ring.rewrite(connection)
         return contents, program
@@ -132,6 +133,18 @@ async def session(settings: PostgresSettings) -> AsyncIterator[asyncpg.Connectio
     finally:
         # Not `close`: there may be nobody any more to say goodbye to.
         connection.terminate()
+
+
+async def as_encrypted(
+    connection: asyncpg.Connection, settings: PostgresSettings
+) -> PostgresSettings:
+    """Return `settings` so that a program encrypts where our own connection is encrypted.
+
+    With `prefer` one whose libpq cannot encrypt would send everything in the clear.
+    """
+    if settings.sslmode == "prefer" and await connection.fetchval(query("encrypted")):
+        return settings.model_copy(update={"sslmode": "require"})
+    return settings
 
 
 def _make_private(file: Path) -> None:

@@ -27,6 +27,9 @@ select count(*) from pg_stat_activity
 where datname = current_database() and pid <> pg_backend_pid()
   and backend_type = 'client backend';
 
+-- name: encrypted
+select coalesce((select ssl from pg_stat_ssl where pid = pg_backend_pid()), false);
+
 -- name: keys_of
 -- One JSON array of all rows of a table; bytea comes out in hexadecimal.
 select coalesce(json_agg(t), '[]')::text from comp_ai_keys.{table} t;

@@ -14,7 +14,7 @@ from serve_app.audit.act import Actor, AuditAct
 from serve_app.audit.log import AuditLog
 from serve_app.audit.verify import verify
 from serve_app.backup.contents import count_rows, query, read_contents
-from serve_app.backup.create import session
+from serve_app.backup.create import as_encrypted, session
 from serve_app.backup.errors import BackupDamaged, BackupError
 from serve_app.backup.folder import BackupFolder
 from serve_app.backup.keyring import KeyRing, put_ring
@@ -122,7 +122,8 @@ async def restore_dump(
     async with session(target) as connection:
         await _check_server(connection, manifest, programs)
         folder.check(manifest)
-        await programs.restore(target, folder.dump(manifest.name))
+        same = await as_encrypted(connection, target)
+        await programs.restore(same, folder.dump(manifest.name))
         contents = await read_contents(connection)
         wrong = manifest.contents.differences(contents)
         verdict = await verify(connection, manifest.contents.audit.link)

@@ -29,10 +29,9 @@ from serve_app.backup.scheme import KeepScheme
 from serve_app.backup.scratch import given_database, scratch_database
 from serve_app.backup.trial import Drilled, Scratch, drill, verify_deep, verify_file
 from serve_app.settings import BackupSettings, Settings
-from serve_app.stack.accounts import MIGRATIONS, is_embedded, master_keys_of
+from serve_app.stack.accounts import MIGRATIONS, master_keys_of
 from serve_app.stack.home import Home
-from serve_app.stack.postgres import EmbeddedPostgres
-from serve_app.stack.standalone import AccountsServer, accounts_server
+from serve_app.stack.standalone import AccountsServer, accounts_server, programs_folder
 from serve_app.subjects.erasing import reapply_erasures
 
 
@@ -91,7 +90,7 @@ async def check(
             programs = place.backups.programs
             await verify_deep(manifest, folder, programs, place.scratch(scratch))
     else:
-        await verify_file(manifest, folder, PostgresPrograms(_programs(settings)))
+        await verify_file(manifest, folder, PostgresPrograms(programs_folder(settings, os.environ)))
     if as_json:
         typer.echo(json.dumps({"whole": True, "deep": deep, "backup": _to_json(manifest)}))
         return
@@ -180,7 +179,7 @@ async def rehearse(settings: Settings, scratch: str | None, *, as_json: bool) ->
 @asynccontextmanager
 async def _opened(settings: Settings) -> AsyncIterator[_Place]:
     async with accounts_server(settings, os.environ) as server:
-        programs = PostgresPrograms(settings.backup.programs or server.programs)
+        programs = PostgresPrograms(programs_folder(settings, os.environ))
         backups = Backups(_folder(settings), programs, Actor.operator())
         yield _Place(settings, server, backups)
 
@@ -230,12 +229,6 @@ async def _backup_before(place: _Place, connection: asyncpg.Connection) -> str |
     backups = replace(place.backups, folder=folder)
     manifest = await backups.create(place.server.postgres)
     return str(folder.manifest(manifest.name))
-
-
-def _programs(settings: Settings) -> Path | None:
-    if settings.backup.programs is None and is_embedded(os.environ):
-        return EmbeddedPostgres(settings.service.home_path).bin_dir
-    return settings.backup.programs
 
 
 def _scheme(settings: BackupSettings) -> KeepScheme:

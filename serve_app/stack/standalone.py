@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,15 +21,10 @@ _READY_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccountsServer:
-    """How to reach the accounts.
-
-    `maker` may make databases beside them; `programs` is the folder of the server's own pg_dump,
-    or None where that is wherever PATH leads.
-    """
+    """How to reach the accounts; `maker` may make databases beside them."""
 
     postgres: PostgresSettings
     maker: PostgresSettings
-    programs: Path | None
 
 
 @asynccontextmanager
@@ -44,7 +40,7 @@ async def accounts_server(
     """
     if not is_embedded(environ):
         own = settings.postgres
-        yield AccountsServer(postgres=own, maker=own, programs=None)
+        yield AccountsServer(postgres=own, maker=own)
         return
     home = Home(settings.service.home_path)
     embedded = EmbeddedPostgres(home.path)
@@ -59,11 +55,22 @@ async def accounts_server(
 
 
 def _of(embedded: EmbeddedPostgres) -> AccountsServer:
-    return AccountsServer(
-        postgres=embedded.settings(),
-        maker=embedded.admin_settings(),
-        programs=embedded.bin_dir,
-    )
+    return AccountsServer(postgres=embedded.settings(), maker=embedded.admin_settings())
+
+
+def programs_folder(settings: Settings, environ: Mapping[str, str]) -> Path | None:
+    """Return the folder of pg_dump and pg_restore, or None for those of PATH.
+
+    Where PATH has none those of the embedded server are taken: in a container there are no others.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if settings.backup.programs is not None:
+        return settings.backup.programs
+    if not is_embedded(environ) and shutil.which("pg_dump", path=environ.get("PATH")):
+        return None
+    return EmbeddedPostgres(settings.service.home_path).bin_dir
 
 
 @asynccontextmanager

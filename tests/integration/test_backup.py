@@ -36,7 +36,9 @@ from serve_app.backup.watch import backup_task
 from serve_app.database import connect
 from serve_app.errors import ConfigError
 from serve_app.records import new_id
-from serve_app.settings import PostgresSettings
+from serve_app.settings import PostgresSettings, load_settings
+from serve_app.stack.postgres import EmbeddedPostgres
+from serve_app.stack.standalone import programs_folder
 from serve_app.subjects.erasing import Eraser, reapply_erasures
 from tests.integration.command_line import COMP_AI, comp_ai, comp_ai_environment
 from tests.integration.conftest import MIGRATIONS, PostgresServer
@@ -573,3 +575,15 @@ def test_a_lost_machine_is_restored_with_one_command(own_server: PostgresServer)
     assert f"restored {name}" in run("restore", name)
 
     assert embedded.running_pid() is None
+
+
+def test_which_programs_are_taken(tmp_path: Path) -> None:
+    wheel = EmbeddedPostgres(tmp_path).bin_dir
+    (tmp_path / "pg_dump").touch(mode=0o700)
+    own, away = {"POSTGRES_HOST": "db"}, {"PATH": str(tmp_path / "none")}
+    named = {"COMP_AI_BACKUP_PROGRAMS": "/opt/pg/bin"}
+    found = [
+        programs_folder(load_settings(environ), environ)
+        for environ in ({}, own | {"PATH": str(tmp_path)}, own | away, own | away | named)
+    ]
+    assert found == [wheel, None, wheel, Path("/opt/pg/bin")]
