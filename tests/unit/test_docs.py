@@ -170,6 +170,7 @@ def test_every_variable_that_is_named_exists(page: Path) -> None:
     files = [
         *PROJECT.glob("serve_app/**/*.py"),
         *PROJECT.glob("k8s-free-compose/**/*.sh"),
+        *PROJECT.glob("k8s-free-compose/compose*.yaml"),
         PROJECT / ".ci" / "setup",
         PROJECT / "Makefile",
     ]
