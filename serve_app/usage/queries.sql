@@ -2,27 +2,39 @@
 -- and columns, and conditions with the numbers of their values.
 
 -- name: page
--- Folded and pending together, in one snapshot: a pending row is in one of the two.
-select {groups}
+-- Folded and pending together, in one snapshot: a pending row is in one of the two. Each is grouped
+-- and limited by itself first, so that an index gives the groups in their order and no more than a
+-- page of them is read. The first groups of both are among the first of each.
+select {names}
        sum(requests)::bigint as requests,
-       coalesce(sum(requests) filter (where completed), 0)::bigint as completed_requests,
+       sum(completed_requests)::bigint as completed_requests,
        sum(prompt_tokens)::bigint as prompt_tokens,
        sum(completion_tokens)::bigint as completion_tokens,
        sum(cost_micros)::bigint as cost_micros,
-       sum(duration_ms) / nullif(sum(requests), 0) as mean_duration_ms,
-       sum(time_to_first_token_ms) / nullif(sum(first_tokens), 0) as mean_time_to_first_token_ms
+       sum(duration_ms) / nullif(sum(requests), 0)::double precision as mean_duration_ms,
+       sum(time_to_first_token_ms) / nullif(sum(first_tokens), 0)::double precision
+           as mean_time_to_first_token_ms
 from (
-    select {folded} completed, requests, prompt_tokens, completion_tokens, cost_micros,
-           duration_ms, first_tokens, time_to_first_token_ms
-    from comp_ai.{table}
-    where {wanted}
+    ({folded})
     union all
-    select {pending} completed, requests, prompt_tokens, completion_tokens, cost_micros,
-           duration_ms, first_tokens, time_to_first_token_ms
-    from comp_ai.usage_pending
-    where {wanted}
+    ({pending})
 ) as used
-where {beyond}
-group by {grouping}
+group by {numbers}
 order by {order}
 limit {limit};
+
+-- name: groups
+select {groups}
+       sum(requests) as requests,
+       coalesce(sum(requests) filter (where completed), 0) as completed_requests,
+       sum(prompt_tokens) as prompt_tokens,
+       sum(completion_tokens) as completion_tokens,
+       sum(cost_micros) as cost_micros,
+       sum(duration_ms) as duration_ms,
+       sum(first_tokens) as first_tokens,
+       sum(time_to_first_token_ms) as time_to_first_token_ms
+from comp_ai.{table}
+where {wanted}
+group by {numbers}
+order by {order}
+limit {limit}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -67,20 +67,60 @@ def prepare(question: UsageQuestion, page: UsagePage) -> UsageStatement:
     table_unit = source(question)
     suffix = "" if question.needs_callers or table_unit is Unit.MINUTE else "_by_model"
     values: list[Any] = []
-    names = list(_selected(question))
+    numbers = [str(number) for number, _ in enumerate(_selected(question), start=1)]
     direction = "desc" if page.newest_first else "asc"
-    sql = _query().format(
-        table=f"usage_{table_unit}{suffix}",
-        groups="".join(f"{name}, " for name in names),
-        folded=_select(question, exact=table_unit is question.unit),
-        pending=_select(question, exact=question.unit is Unit.MINUTE),
+    parts = _Parts(
         wanted=_wanted(question, values),
-        beyond=_beyond(question, page, names, values),
-        grouping=", ".join(names),
-        order=", ".join(f"{name} {direction}" for name in names),
+        after=[_place(values, value) for value in _after(question, page)],
+        numbers=", ".join(numbers),
+        order=", ".join(f"{number} {direction}" for number in numbers),
         limit=_place(values, page.limit),
     )
+    sql = _query("page").format(
+        names="".join(f"{name}, " for name in _selected(question)),
+        folded=parts.of(question, f"usage_{table_unit}{suffix}", table_unit),
+        pending=parts.of(question, "usage_pending", Unit.MINUTE),
+        numbers=parts.numbers,
+        order=parts.order,
+        limit=parts.limit,
+    )
     return UsageStatement(question, sql, tuple(values))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What the statements of both tables have in common."""
+
+    wanted: list[str]
+    after: list[str]
+    numbers: str
+    order: str
+    limit: str
+
+    def of(self, question: UsageQuestion, table: str, table_unit: Unit) -> str:
+        """Return the statement of one table, whose times are of `table_unit`."""
+        groups = dict(zip(_selected(question), _selected(question), strict=True))
+        exact = question.unit is None or table_unit is question.unit
+        if not exact:
+            groups["bucket"] = f"date_trunc('{question.unit}', bucket, 'UTC')"
+        return _query("groups").format(
+            groups="".join(f"{value} as {name}, " for name, value in groups.items()),
+            table=table,
+            wanted=" and ".join([*self.wanted, *self._beyond(groups, exact=exact)]),
+            numbers=self.numbers,
+            order=self.order,
+            limit=self.limit,
+        )
+
+    def _beyond(self, groups: Mapping[str, str], *, exact: bool) -> list[str]:
+        if not self.after:
+            return []
+        beyond = "<" if "desc" in self.order else ">"
+        row = f"({', '.join(groups.values())}) {beyond} ({', '.join(self.after)})"
+        if not exact or "bucket" not in groups:
+            return [row]
+        # Said once more of the time alone: partitions are found by this, not by the row.
+        return [f"bucket {beyond}= {self.after[0]}", row]
 
 
 def _groups(question: UsageQuestion) -> list[str]:
@@ -91,20 +131,12 @@ def _selected(question: UsageQuestion) -> list[str]:
     return ["bucket"] * (question.unit is not None) + [_COLUMNS[group] for group in question.by]
 
 
-def _select(question: UsageQuestion, *, exact: bool) -> str:
-    """Return the group's columns; `exact` is where the table's times are those asked for."""
-    names = _selected(question)
-    if question.unit is not None and not exact:
-        names[0] = f"date_trunc('{question.unit}', bucket, 'UTC') as bucket"
-    return "".join(f"{name}, " for name in names)
-
-
 def _place(values: list[Any], value: Any) -> str:
     values.append(value)
     return f"${len(values)}"
 
 
-def _wanted(question: UsageQuestion, values: list[Any]) -> str:
+def _wanted(question: UsageQuestion, values: list[Any]) -> list[str]:
     conditions = [f"bucket >= {_place(values, question.since)}"]
     if question.until is not None:
         conditions.append(f"bucket < {_place(values, question.until)}")
@@ -115,19 +147,11 @@ def _wanted(question: UsageQuestion, values: list[Any]) -> str:
     ):
         if value is not None:
             conditions.append(f"{column} = {_place(values, value)}")
-    return " and ".join(conditions)
+    return conditions
 
 
-def _beyond(
-    question: UsageQuestion, page: UsagePage, names: Sequence[str], values: list[Any]
-) -> str:
-    if page.after is None:
-        return "true"
-    beyond = "<" if page.newest_first else ">"
-    places = [_place(values, value) for value in _read_id(question, page.after)]
-    condition = f"({', '.join(names)}) {beyond} ({', '.join(places)})"
-    # Said once more of the time alone: partitions are found by this, not by the row.
-    return condition if question.unit is None else f"bucket {beyond}= {places[0]} and {condition}"
+def _after(question: UsageQuestion, page: UsagePage) -> list[Any]:
+    return [] if page.after is None else _read_id(question, page.after)
 
 
 def _to_json(question: UsageQuestion, row: asyncpg.Record) -> dict[str, Any]:
@@ -172,5 +196,5 @@ def _read_id(question: UsageQuestion, text: str) -> list[Any]:
         raise InvalidRequest(message, param="after") from None
 
 
-def _query() -> str:
-    return named_queries("serve_app.usage", "queries.sql")["page"].rstrip(";")
+def _query(name: str) -> str:
+    return named_queries("serve_app.usage", "queries.sql")[name].rstrip(";")
