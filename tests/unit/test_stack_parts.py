@@ -17,8 +17,11 @@ import orjson
 import pytest
 
 from deployments.flags import check_flags
+from serve_app.accounts.sealing.master_keys import MasterKeys, new_master_key
+from serve_app.cli import master_key
 from serve_app.errors import ConfigError
-from serve_app.settings import load_settings
+from serve_app.settings import Settings, load_settings
+from serve_app.stack import accounts
 from serve_app.stack.home import AlreadyRunning, Home
 from serve_app.stack.logs import LogFollower
 from serve_app.stack.ports import NeededPort, check_free, pick_free
@@ -281,3 +284,56 @@ def test_what_is_shown_can_be_pasted() -> None:
     assert "cai-k" in text
     assert re.search(r"^curl http://h:1/v1/chat/completions ", text, re.MULTILINE)
     assert "/api/v1/comp-ai/v1" in text
+
+
+# The master key.
+
+
+def test_the_first_start_makes_a_master_key_and_the_next_ones_find_it(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.prepare()
+    with pytest.raises(ConfigError, match="COMP_AI_MASTER_KEY"):
+        accounts.master_keys_of(Settings(), home, {})
+    named = accounts.master_key_environment(home, {})
+    assert named == {"COMP_AI_MASTER_KEY_FILE": str(home.master_key)}
+    assert stat.S_IMODE(home.master_key.stat().st_mode) == 0o600
+    first = accounts.master_keys_of(Settings(), home, {}).ids
+    assert accounts.master_key_environment(home, {}) == named
+    assert accounts.master_keys_of(Settings(), home, {}).ids == first
+    assert MasterKeys.of(load_settings(named).sealing).ids == first
+
+
+def test_a_master_key_of_the_settings_is_taken_and_none_is_made(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.prepare()
+    environ = {"COMP_AI_MASTER_KEY": new_master_key()}
+    assert accounts.master_key_environment(home, environ) == {}
+    assert not home.master_key.exists()
+    assert accounts.master_keys_of(load_settings(environ), home, environ).ids
+
+
+def test_a_new_master_key_stands_before_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = Home(tmp_path / "home")
+    home.prepare()
+    for name in ("COMP_AI_MASTER_KEY", "COMP_AI_MASTER_KEY_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    accounts.master_key_environment(home, {})
+    [old] = accounts.master_keys_of(Settings(), home, {}).ids
+    master_key.add_new(home)
+    new, also = accounts.master_keys_of(Settings(), home, {}).ids
+    assert (also, new in capsys.readouterr().out) == (old, True)
+    home.master_key.write_text("no key")
+    with pytest.raises(ConfigError):
+        master_key.add_new(home)
+    assert home.master_key.read_text() == "no key"
+
+
+def test_a_new_master_key_is_printed_where_the_environment_holds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMP_AI_MASTER_KEY", new_master_key())
+    master_key.add_new(Home(tmp_path))
+    assert len(MasterKeys.parse(capsys.readouterr().out).ids) == 1
+    assert list(tmp_path.iterdir()) == []
