@@ -35,6 +35,7 @@ FIXED = {
     "COMP_AI_METRICS_PORT": "of the container's own network",
     "COMP_AI_ISSUER_PORT": "a container has no local issuer",
     "COMP_AI_DRAIN_S": "belongs to stop_grace_period",
+    "POSTGRES_SSLROOTCERT": "the path of a file, to be mounted beside it",
     "COMP_AI_OIDC_ISSUERS": "the path of a file, to be mounted beside it",
     # Opaque tokens need a secret of the issuer's, which the plan's Keycloak does not.
     "COMP_AI_OIDC_INTROSPECTION": "opaque tokens need a compose file of your own",
