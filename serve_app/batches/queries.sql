@@ -57,8 +57,10 @@ select content from comp_ai.file_chunks where file_id = $1 and number = $2;
 delete from comp_ai.file_chunks where (file_id, number) in (
     select c.file_id, c.number
     from comp_ai.files f join comp_ai.file_chunks c on c.file_id = f.id
-    where f.expires_at <= now()
-       or (f.status = 'uploading' and f.created_at < now() - interval '1 hour')
+    where (f.expires_at <= now()
+           or (f.status = 'uploading' and f.created_at < now() - interval '1 hour'))
+      and not exists (
+          select from comp_ai.legal_holds h where h.subject = f.owner and h.released_at is null)
     limit $1
     for update of c skip locked);
 
@@ -68,13 +70,17 @@ delete from comp_ai.files where id in (
     where (f.expires_at <= now()
            or (f.status = 'uploading' and f.created_at < now() - interval '1 hour'))
       and not exists (select 1 from comp_ai.file_chunks c where c.file_id = f.id)
+      and not exists (
+          select from comp_ai.legal_holds h where h.subject = f.owner and h.released_at is null)
     limit $1
     for update skip locked);
 
 -- name: sweep_batches
 delete from comp_ai.batches where id in (
-    select id from comp_ai.batches
+    select id from comp_ai.batches b
     where keep_until <= now()
+      and not exists (
+          select from comp_ai.legal_holds h where h.subject = b.owner and h.released_at is null)
       and status not in ('validating', 'in_progress', 'finalizing', 'cancelling')
     limit $1
     for update skip locked);

@@ -66,6 +66,7 @@ async def erase(settings: PostgresSettings, masters: MasterKeys, subject: str, f
         signed = report.signed_report(erased, masters)
         out.write(orjson.dumps(signed, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
         out.flush()
+    typer.echo("Run `comp-ai backup keyring` now: the ring still holds the key.", err=True)
 
 
 def check(file: Path, masters: MasterKeys) -> None:

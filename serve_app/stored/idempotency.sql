@@ -47,8 +47,11 @@ where principal_id = $1 and key = $2 and owner = $3 and state = 'claimed';
 -- name: sweep
 -- Several gateways do this at once, each takes rows that no other has.
 with expired as (
-    select principal_id, key from comp_ai.idempotency_keys
+    select principal_id, key from comp_ai.idempotency_keys k
     where expires_at <= now()
+      and not exists (
+          select from comp_ai.legal_holds h
+          where h.subject = k.principal_id and h.released_at is null)
     order by expires_at
     limit $1
     for update skip locked

@@ -68,8 +68,11 @@ returning id;
 -- name: sweep
 delete from comp_ai.responses
 where id in (
-    select id from comp_ai.responses
+    select id from comp_ai.responses r
     where expires_at <= now()
+      and not exists (
+          select from comp_ai.legal_holds h
+          where h.subject = r.principal_id and h.released_at is null)
     order by expires_at
     limit $1
     for update skip locked

@@ -17,9 +17,12 @@ from serve_app.accounts.retention.policy import DataClass, Keep, RetentionPolicy
 from serve_app.accounts.retention.task import retention_task
 from serve_app.audit.act import Actor
 from serve_app.database import connect
+from serve_app.lazy_pool import build_pool
 from serve_app.records import Outcome, PrincipalKind, RequestRecord, new_id, utc_now
 from serve_app.settings import PostgresSettings
+from serve_app.stored.sweeper import Sweeper
 from tests.integration.command_line import comp_ai
+from tests.integration.people import plant
 from tests.sealing import subject_keys
 
 _OLD = datetime(2024, 3, 10, tzinfo=UTC)
@@ -285,3 +288,28 @@ def test_the_command_looks_first_and_removes_when_told(
     config.write_text("applications: [{args: {request_log: {retention: {answers: {days: 1}}}}}]")
     wrong = comp_ai(database, *asked)
     assert (wrong.returncode, "request_log.retention.answers" in wrong.stderr) == (2, True)
+
+
+async def test_what_is_past_its_time_stays_under_a_hold(
+    connection: asyncpg.Connection, database: PostgresSettings
+) -> None:
+    for subject in ("ann", "ben"):
+        await plant(connection, subject)
+    for table in ("responses", "idempotency_keys", "files"):
+        await connection.execute(f"update comp_ai.{table} set expires_at = now()")
+    await connection.execute("update comp_ai.batches set status = 'completed'")
+    await hold(connection, "ben")
+    pool = build_pool(database, application_name="tests", max_size=1)
+    try:
+        # A response, an answer, a file with its chunk, and a batch.
+        assert await Sweeper(pool).sweep() == 5
+        left = await connection.fetch(
+            "select principal_id from comp_ai.responses union all "
+            "select principal_id from comp_ai.idempotency_keys union all "
+            "select owner from comp_ai.files union all select owner from comp_ai.batches"
+        )
+        assert [row["principal_id"] for row in left] == ["ben"] * 4
+        await release(connection)
+        assert await Sweeper(pool).sweep() == 5
+    finally:
+        await pool.close()
