@@ -13,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ import httpx
 import psutil
 import yaml
 
+from serve_app.accounts.bodies import Body, open_bodies
+from serve_app.accounts.sealing.master_keys import MasterKeys
+from serve_app.accounts.sealing.subject_keys import SubjectKeys
 from serve_app.stack.postgres import EmbeddedPostgres
 from serve_app.stack.serve_api import ServeApi, read_config
 
@@ -90,6 +93,20 @@ class RunningStack:
         return asyncio.run(self._rows(query, *args))
 
     async def _rows(self, query: str, *args: object) -> list[asyncpg.Record]:
+        async with self._connected() as connection:
+            return list(await connection.fetch(query, *args))
+
+    def bodies(self, rows: Sequence[asyncpg.Record]) -> list[Body | None]:
+        """Open the texts of rows that have all columns of `request_bodies`."""
+        return asyncio.run(self._bodies(rows))
+
+    async def _bodies(self, rows: Sequence[asyncpg.Record]) -> list[Body | None]:
+        masters = MasterKeys.parse((self.home / "keys" / "master.key").read_text())
+        async with self._connected() as connection:
+            return await open_bodies(connection, SubjectKeys(masters), rows)
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[asyncpg.Connection]:
         settings = self.postgres.settings()
         assert settings.password is not None
         connection = await asyncpg.connect(
@@ -100,7 +117,7 @@ class RunningStack:
             database=settings.database,
         )
         try:
-            return list(await connection.fetch(query, *args))
+            yield connection
         finally:
             await connection.close()
 

@@ -158,11 +158,16 @@ def test_the_log_keeps_what_was_asked_and_answered(stack: RunningStack) -> None:
         )
         if stream:
             list(answer)  # type: ignore[arg-type]
-    rows = stack.settled_rows("select * from comp_ai.requests_plain where user_id = 'grace'", 2)
+    rows = stack.settled_rows(
+        "select p.user_id, p.model_used, p.tokens_used, b.* from comp_ai.requests_plain p "
+        "join comp_ai.request_bodies b on b.id = p.id where user_id = 'grace'",
+        2,
+    )
     assert len(rows) == 2
-    for row in rows:
-        assert row["response_text"] == "The capital of France is Paris."
-        assert PROMPTS[0] in row["request_text"]
+    for row, kept in zip(rows, stack.bodies(rows), strict=True):
+        assert kept is not None
+        assert kept.response == "The capital of France is Paris."
+        assert PROMPTS[0] in (kept.request or "")
         assert row["model_used"] == REAL_MODEL
         assert row["tokens_used"] == 37 + 8
 
