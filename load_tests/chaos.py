@@ -4,9 +4,10 @@
 
 Starts PostgreSQL behind a link that can be cut, and `comp-ai up` with two gateways and the fake
 engine. In each round processes are killed with SIGKILL while clients ask, and once something
-else breaks: the link, the disk under the spool, or the clock. After each round three counts are
-compared: what clients saw, what the log holds, what the engines counted. It ends with exit code
-1 at the first round that does not add up. Everything it started is gone at its end.
+else breaks: the link, the disk under the spool, or the clock of the gateways and of the log.
+After each round three counts are compared: what clients saw, what the log holds, what the
+engines counted. It ends with exit code 1 at the first round that does not add up. Everything it
+started is gone at its end.
 
 The clock needs libfaketime (Debian: `faketime`), named with `--faketime`. The full disk needs
 root, who makes the spool's folder a small disk of its own.
@@ -126,12 +127,15 @@ async def own_postgres(home: Path) -> AsyncIterator[Link]:
 
 @asynccontextmanager
 async def whole_stack(
-    home: Path, database: Path, link: Link, journals: Path, settings: dict[str, str]
+    home: Path, database: Path, link: Link, journals: Path, clock: dict[str, str]
 ) -> AsyncIterator[RunningStack]:
-    """Run `comp-ai up` at the other end of `link`."""
+    """Run `comp-ai up` at the other end of `link`.
+
+    `clock` is for the environment of the gateways and of the log; Ray's own processes keep theirs.
+    """
     config = suite_config(real_model=False, gateways=2)
     keep_journals(config, journals)
-    _fit(config)
+    _fit(config, clock)
     file = home / "serve.yaml"
     file.write_text(yaml.safe_dump(config, sort_keys=False))
     postgres = link.settings
@@ -145,7 +149,6 @@ async def whole_stack(
         POSTGRES_PASSWORD=postgres.password.get_secret_value(),
         POSTGRES_DB=postgres.database,
         POSTGRES_SSLMODE="disable",
-        **settings,
     )
     stack.postgres_home = database
     try:
@@ -155,9 +158,12 @@ async def whole_stack(
         await asyncio.to_thread(stack.stop)
 
 
-def _fit(config: dict[str, Any]) -> None:
-    """Make the model quick, and let the log do with a small disk."""
+def _fit(config: dict[str, Any], clock: dict[str, str]) -> None:
+    """Make the model quick, let the log do with a small disk, and give it a clock to be moved."""
     gateway = config["applications"][0]
+    for deployment in gateway["deployments"]:
+        if clock and deployment["name"] in ("Gateway", "RequestLog"):
+            deployment["ray_actor_options"]["runtime_env"] = {"env_vars": clock}
     gateway["args"] = {"request_log": {"spool_min_free_bytes": SPOOL_FREE_BYTES}}
     [model] = [app for app in config["applications"] if app["name"] == FAKE_MODEL]
     model["args"]["speed"] |= {"time_to_first_token_s": 0.01, "time_per_token_s": 0.004}
@@ -223,14 +229,14 @@ async def run(arguments: argparse.Namespace) -> Totals:
         if mount_small_disk(home / "spool", SPOOL_BYTES):
             stack.callback(unmount, home / "spool")
             faults.append(FullDisk(home / "spool"))
-        settings = {}
+        environment = {}
         if arguments.faketime is not None:
             clock = MovedClock(arguments.faketime, home)
             faults.append(clock)
-            settings = clock.environment
+            environment = clock.environment
         print(f"seed {arguments.seed}; faults: {', '.join(fault.name for fault in faults)}")
         running = await stack.enter_async_context(
-            whole_stack(home, database, link, journals, settings)
+            whole_stack(home, database, link, journals, environment)
         )
         while not totals.wrong and not _enough(totals, arguments):
             kills = min(KILLS_A_ROUND, max(1, arguments.kills - totals.kills.total()))

@@ -88,7 +88,7 @@ class FullDisk:
 
 
 class MovedClock:
-    """The clock of every process of the stack jumps, and jumps back. By libfaketime."""
+    """The clock of the processes that have its environment jumps, and jumps back."""
 
     name = "clock moved"
 
