@@ -105,10 +105,12 @@ async def test_what_the_plan_says_of_locks_is_true(empty_database: PostgresSetti
         async with connection.transaction():
             await connection.execute(migration.sql)
             held = await connection.fetch(_HELD, list(before))
-        for row in held:
+        # Of a `do` block the plan says that it cannot tell the locks.
+        told = all(effect.work is not Work.UNKNOWN for effect in claimed)
+        for row in held if told else ():
             strongest = max((LOCKS.index(e.lock) for e in of(claimed, row["table"])), default=0)
-            # Those that read and write go on beside the first three.
-            assert LOCKS.index(row["lock"]) <= max(2, strongest), (migration.label, row)
+            # Beside SHARE UPDATE EXCLUSIVE everybody reads and writes on.
+            assert LOCKS.index(row["lock"]) <= max(3, strongest), (migration.label, row)
         after = {row["oid"]: row["file"] for row in await connection.fetch(_FILES)}
         for oid, row in before.items():
             if after.get(oid) != row["file"]:
