@@ -102,6 +102,8 @@ async def _write_together(
     connection: asyncpg.Connection, records: Sequence[RequestRecord], keys: SubjectKeys
 ) -> int:
     async with connection.transaction():
+        # In one order for all writers: two who write the same records must not wait for each other.
+        records = sorted(records, key=lambda record: record.id)
         records = await without_erased(connection, keys, records)
         columns = [[_value(record, column) for record in records] for column in _COLUMNS]
         new = await connection.fetchrow(_insert_requests(), *columns)
