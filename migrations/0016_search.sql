@@ -1,5 +1,9 @@
 -- Indexes for what auditors ask of the requests: by key, by the X-Request-ID, by model, and what
--- was refused or failed. By principal and by time there are indexes already.
+-- was refused or failed. By principal there is one already; by time a page is in the order of the
+-- id too.
+
+create index requests_by_time_and_id on comp_ai.requests (created_at desc, id desc);
+drop index comp_ai.requests_by_time;
 
 create index requests_by_key on comp_ai.requests (api_key_id, created_at desc)
     where api_key_id is not null;

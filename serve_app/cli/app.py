@@ -318,6 +318,29 @@ def master_key_rotate() -> None:
     _run(master_key.rotate(_postgres(), masters))
 
 
+@app.command()
+def usage(
+    group_by: Annotated[
+        str, typer.Option(help="Some of day, hour or minute, principal, model, key.")
+    ] = "day",
+    since: Annotated[str | None, typer.Option("--from", help="First moment.")] = None,
+    until: Annotated[str | None, typer.Option("--to", help="First moment after the last.")] = None,
+    principal: Annotated[str | None, typer.Option(help="Only of this principal.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only of this model.")] = None,
+    key: Annotated[str | None, typer.Option(help="Only of the API key with this id.")] = None,
+    limit: Annotated[int, typer.Option(help="Most rows.", min=1, max=1_000_000)] = 1000,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what was used: requests, tokens and cost."""
+    from serve_app.cli import usage as cli
+
+    asked = cli.read_question(
+        group_by, since, until, limit, principal=principal, model=model, key=key
+    )
+    _run(cli.show(_postgres(), asked, as_json=as_json, as_csv=as_csv))
+
+
 @audit_app.command("list")
 def audit_list(
     actor: Annotated[str | None, typer.Option(help="Only acts of this principal.")] = None,
