@@ -51,8 +51,8 @@ class Query:
         return value
 
     def time(self, name: str) -> datetime | None:
-        """Return a time; one without a zone is in UTC."""
-        value = self.text(name)
+        """Return a time; one without a zone is in UTC. An empty text is none of them."""
+        value = self._parameters.get(name)
         try:
             return None if value is None else parse_time(value)
         except (ValueError, OverflowError):
@@ -60,8 +60,8 @@ class Query:
             raise InvalidRequest(message, param=name) from None
 
     def uuid(self, name: str) -> uuid.UUID | None:
-        """Return a UUID."""
-        value = self.text(name)
+        """Return a UUID; an empty text is none of them."""
+        value = self._parameters.get(name)
         try:
             return None if value is None else uuid.UUID(value)
         except ValueError:
