@@ -251,6 +251,21 @@ async def test_a_record_that_is_in_several_spools_is_one_row(
     assert await _ids(database) == sorted(record.id for record in records)
 
 
+async def test_two_replicas_adopt_beside_each_other(
+    tmp_path: Path, database: PostgresSettings
+) -> None:
+    records = [_record() for _ in range(200)]
+    for number in range(8):
+        await _leave(tmp_path / f"host-{number}", *records[number * 25 : (number + 1) * 25])
+    async with _replica(tmp_path, database) as one, _replica(tmp_path, database) as other:
+        async with asyncio.timeout(_TIMEOUT_S):
+            while True:
+                states = [await log.status() for log in (one, other)]
+                if sum(state.written_total for state in states) == len(records):
+                    break
+    assert await _ids(database) == sorted(record.id for record in records)
+
+
 async def test_what_a_stopping_replica_cannot_drain_is_adopted(
     tmp_path: Path, database: PostgresSettings
 ) -> None:
