@@ -43,4 +43,5 @@ keep keycloak_db_password random_hex 32
 keep oauth2_client_secret random_hex 24
 keep oauth2_cookie_secret random_cookie
 keep grafana_admin_password random_hex 24
+keep grafana_db_password random_hex 24
 if ((made == 0)); then printf 'all secrets are there: %s\n' "$folder" >&2; fi
