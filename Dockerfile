@@ -7,6 +7,16 @@
 # Python 3.11.16 on Debian 12, by content. The tag only tells people what it is.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
+# The server's own image, as in compose.yaml: pg_dump must not be older than the server.
+ARG POSTGRES_IMAGE=postgres:18-bookworm@sha256:1961f96e6029a02c3812d7cb329a3b03a3ac2bb067058dec17b0f5596aca9296
+
+# pg_dump and pg_restore for backups over TLS, which those of the embedded server cannot speak,
+# and the libpq that they were built with. Both images are Debian 12.
+FROM ${POSTGRES_IMAGE} AS postgres
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+RUN install -D -t /programs/bin "/usr/lib/postgresql/${PG_MAJOR}"/bin/{pg_dump,pg_restore}; \
+    install -D -m 0644 -t /programs/lib /usr/lib/*-linux-gnu/libpq.so.5
+
 FROM ${PYTHON_IMAGE} AS build
 ARG ENGINE=cpu
 ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy
@@ -26,14 +36,21 @@ RUN --mount=type=cache,target=/root/.cache/uv \
 FROM ${PYTHON_IMAGE} AS runtime
 ARG ENGINE=cpu
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-# The engine's own libraries. On a GPU Triton compiles its launchers when a model starts, and
+COPY --from=postgres /programs /usr/local
+# The engine's own libraries, and those of libpq and pg_dump; the build stops where one of these
+# lacks a library or TLS. On a GPU Triton compiles its launchers when a model starts, and
 # needs a C compiler for it. The versions are those of Debian's point release in the base.
 # hadolint ignore=DL3008
-RUN packages=(libnuma1); \
+RUN packages=(libnuma1 libgssapi-krb5-2 libldap-2.5-0 liblz4-1 libzstd1); \
     if [[ "${ENGINE}" == gpu ]]; then packages+=(gcc libc6-dev); fi; \
     apt-get update; \
     apt-get install -y --no-install-recommends "${packages[@]}"; \
     rm -rf /var/lib/apt/lists/*; \
+    ldconfig; \
+    pg_dump --version; \
+    pg_restore --version; \
+    ldd /usr/local/bin/pg_dump | grep -F 'libpq.so.5 => /usr/local/lib/'; \
+    ldd /usr/local/lib/libpq.so.5 | grep -F 'libssl.so.3 => /'; \
     groupadd --gid 10001 comp-ai; \
     useradd --uid 10001 --gid 10001 --home-dir /var/lib/comp-ai --no-create-home \
         --shell /usr/sbin/nologin comp-ai; \

@@ -156,10 +156,21 @@ def libpq_environment(settings: PostgresSettings) -> dict[str, str]:
     }
     if settings.password is not None:
         environ["PGPASSWORD"] = settings.password.get_secret_value()
-    authorities = settings.sslrootcert or ssl.get_default_verify_paths().cafile
-    if settings.sslmode in ("verify-ca", "verify-full") and authorities is not None:
-        environ["PGSSLROOTCERT"] = str(authorities)
+    authorities = _authorities(settings)
+    if authorities is not None:
+        environ["PGSSLROOTCERT"] = authorities
     return environ
+
+
+def _authorities(settings: PostgresSettings) -> str | None:
+    if settings.sslmode not in ("verify-ca", "verify-full"):
+        return None
+    file = settings.sslrootcert or ssl.get_default_verify_paths().cafile
+    if file:
+        return str(file)
+    # The system's CAs may be a folder, as on Debian; libpq takes them by this word (from 16 on)
+    # and for verify-full alone.
+    return "system" if settings.sslmode == "verify-full" else None
 
 
 def _reason(said: bytes, code: int | None) -> str:

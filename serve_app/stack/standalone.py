@@ -61,7 +61,7 @@ def _of(embedded: EmbeddedPostgres) -> AccountsServer:
 def programs_folder(settings: Settings, environ: Mapping[str, str]) -> Path | None:
     """Return the folder of pg_dump and pg_restore, or None for those of PATH.
 
-    Where PATH has none those of the embedded server are taken: in a container there are no others.
+    Where PATH has none those of the embedded server are taken, which cannot encrypt.
 
     Raises:
         ConfigError: there are none.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ssl
+
 import certifi
 import pytest
 
@@ -28,3 +30,11 @@ def test_a_socket_is_not_encrypted() -> None:
 def test_a_verified_server_is_held_against_the_same_authorities(mode: str) -> None:
     given = {"POSTGRES_SSLMODE": mode, "POSTGRES_SSLROOTCERT": certifi.where()}
     assert environment(**given)["PGSSLROOTCERT"] == certifi.where()
+
+
+def test_a_folder_of_authorities_is_named_by_libpqs_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = ssl.get_default_verify_paths()._replace(cafile=None)
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: paths)
+    assert environment(POSTGRES_SSLMODE="verify-full")["PGSSLROOTCERT"] == "system"
+    # libpq refuses the word with a weaker mode.
+    assert "PGSSLROOTCERT" not in environment(POSTGRES_SSLMODE="verify-ca")
