@@ -34,6 +34,7 @@ GIVEN = {
     "POSTGRES_HOST": "db.example.com",
 }
 OWN_POSTGRES = {name: value for name, value in GIVEN.items() if name != "POSTGRES_HOST"}
+SYSTEM_CAS = "/etc/ssl/certs/ca-certificates.crt"
 CHOICES = (
     ((), ("gpu",)),
     ((), ("tls",), ("tls", "letsencrypt")),
@@ -243,13 +244,56 @@ def test_every_secret_is_one_that_is_made(
     subprocess.run([script, tmp_path / "secrets"], check=True, capture_output=True)
     made = {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()}
     for one in (stack, worker):
-        assert {Path(secret["file"]).name for secret in one["secrets"].values()} <= made.keys()
-    assert all(len(text) >= 32 and text == text.strip() for text in made.values())
+        files = {secret["file"] for secret in one["secrets"].values()} - {SYSTEM_CAS}
+        assert {Path(file).name for file in files} <= made.keys()
+    # A password ends with no newline, and a file in PEM with one.
+    assert all(len(text) >= 32 and text == text.lstrip() for text in made.values())
+    assert all(t == t.rstrip() or "\n-----END " in t for t in made.values())
     assert len(set(made.values())) == len(made)
     assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
     # A second run changes nothing.
     subprocess.run([script, tmp_path / "secrets"], check=True, capture_output=True)
     assert {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()} == made
+
+
+# Whom each service that speaks to PostgreSQL trusts, and how it says so.
+def _says_verify_full(service: dict[str, Any]) -> bool:
+    environment = service["environment"]
+    if "USAGE_DATABASE_SSLMODE" in environment:
+        # Grafana's data source names the file.
+        return bool(environment["USAGE_DATABASE_SSLMODE"] == "verify-full")
+    uri = environment.get("DATA_SOURCE_URI") or environment.get("KC_DB_URL")
+    if uri is not None:
+        return bool(uri.endswith("?sslmode=verify-full&sslrootcert=/run/secrets/postgres_ca"))
+    return (environment["POSTGRES_SSLMODE"], environment["POSTGRES_SSLROOTCERT"]) == (
+        "verify-full",
+        "/run/secrets/postgres_ca",
+    )
+
+
+def test_who_speaks_to_postgres_knows_its_name_and_its_ca(
+    stack: dict[str, Any], worker: dict[str, Any]
+) -> None:
+    passwords = {"postgres_password", "keycloak_db_password", "grafana_db_password"}
+    speak = set()
+    for name, service in _services(stack, worker):
+        secrets = {one["source"] for one in service.get("secrets", ())}
+        if secrets & passwords and name != "postgres":
+            speak.add(name)
+            assert "postgres_ca" in secrets, name
+            assert _says_verify_full(service), name
+        # The key is its server's alone.
+        assert ("postgres_tls_key" in secrets) == (name == "postgres"), name
+    assert speak - {"keycloak"} == {
+        *("comp-ai-service", "comp-ai-worker", "migrate", "backup"),
+        *("postgres-exporter", "grafana"),
+    }
+
+
+def test_a_server_that_is_there_is_held_against_this_hosts_cas() -> None:
+    assert _resolved(("join",))["secrets"]["postgres_ca"]["file"] == SYSTEM_CAS
+    done = _config(("join",), GIVEN | {"POSTGRES_SSLROOTCERT": "/etc/company.pem"}, "--format=json")
+    assert json.loads(done.stdout)["secrets"]["postgres_ca"]["file"] == "/etc/company.pem"
 
 
 def test_the_files_that_are_mounted_are_there(stack: dict[str, Any]) -> None:

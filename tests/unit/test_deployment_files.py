@@ -35,7 +35,6 @@ FIXED = {
     "COMP_AI_METRICS_PORT": "of the container's own network",
     "COMP_AI_ISSUER_PORT": "a container has no local issuer",
     "COMP_AI_DRAIN_S": "belongs to stop_grace_period",
-    "POSTGRES_SSLROOTCERT": "the path of a file, to be mounted beside it",
     "COMP_AI_OIDC_ISSUERS": "the path of a file, to be mounted beside it",
     # Opaque tokens need a secret of the issuer's, which the plan's Keycloak does not.
     "COMP_AI_OIDC_INTROSPECTION": "opaque tokens need a compose file of your own",
@@ -113,7 +112,7 @@ def test_every_value_of_nginx_can_be_given_to_the_containers() -> None:
 def test_the_values_of_the_example_are_the_defaults() -> None:
     example = _example()
     # In containers these are others than on a machine of one's own.
-    other = {"POSTGRES_HOST", "COMP_AI_HTTP_HOST"}
+    other = {"POSTGRES_HOST", "POSTGRES_SSLMODE", "COMP_AI_HTTP_HOST"}
     for group in GROUPS.values():
         for field in group.model_fields.values():
             name, default = str(field.alias), field.default
@@ -145,7 +144,13 @@ def test_the_dockerfile_is_clean() -> None:
 def test_the_image_is_pinned_confined_and_holds_no_tests() -> None:
     text = (PROJECT / "Dockerfile").read_text()
     assert re.search(r"^ARG PYTHON_IMAGE=python:3\.11\S+@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
-    assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == ["${PYTHON_IMAGE}"] * 2
+    [postgres] = re.findall(r"^ARG POSTGRES_IMAGE=(\S+@sha256:[0-9a-f]{64})$", text, re.MULTILINE)
+    # The server's own, so that pg_dump is not older than it.
+    assert f"    image: {postgres}\n" in (FOLDER / "compose.yaml").read_text()
+    assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == [
+        "${POSTGRES_IMAGE}",
+        *["${PYTHON_IMAGE}"] * 2,
+    ]
     assert re.search(r"^USER 10001:10001$", text, re.MULTILINE)
     assert "HEALTHCHECK" in text
     ignored = (PROJECT / ".dockerignore").read_text().splitlines()
