@@ -256,6 +256,28 @@ def test_every_secret_is_one_that_is_made(
     assert {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()} == made
 
 
+def test_a_certificate_is_renewed_by_the_same_ca(tmp_path: Path) -> None:
+    script, secrets = tmp_path / "make-secrets.sh", tmp_path / "secrets"
+    shutil.copy(FOLDER / "make-secrets.sh", script)
+    subprocess.run([script], check=True, capture_output=True)
+    ca, certificate = secrets / "postgres_ca", secrets / "postgres_tls_certificate"
+    before = ca.read_text(), certificate.read_text()
+    certificate.unlink()
+    # The head of several hosts is reached by its address.
+    (tmp_path / ".env").write_text("COMP_AI_NODE_ADDRESS=10.0.0.1\n")
+    said = subprocess.run([script], check=True, capture_output=True, text=True).stderr
+    assert "DNS:postgres, IP:10.0.0.1, valid until " in said
+    assert (ca.read_text() == before[0], certificate.read_text() == before[1]) == (True, False)
+    for name in ("-verify_hostname=postgres", "-verify_ip=10.0.0.1"):
+        words = ["openssl", "verify", "-x509_strict", *name.split("="), "-CAfile", ca, certificate]
+        subprocess.run(words, check=True, capture_output=True)
+    # Without its CA a certificate may be somebody's own: neither is made over it.
+    ca.unlink()
+    refused = subprocess.run([script], capture_output=True, text=True)
+    assert (refused.returncode, ca.exists()) == (1, False)
+    assert "its CA is not" in refused.stderr
+
+
 # Whom each service that speaks to PostgreSQL trusts, and how it says so.
 def _says_verify_full(service: dict[str, Any]) -> bool:
     environment = service["environment"]
