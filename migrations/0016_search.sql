@@ -3,8 +3,6 @@
 -- id too.
 
 create index requests_by_time_and_id on comp_ai.requests (created_at desc, id desc);
-drop index comp_ai.requests_by_time;
-
 create index requests_by_key on comp_ai.requests (api_key_id, created_at desc)
     where api_key_id is not null;
 create index requests_by_request_id on comp_ai.requests (request_id, created_at desc);
@@ -14,3 +12,6 @@ create index requests_by_outcome on comp_ai.requests (outcome, created_at desc)
     where outcome <> 'completed';
 create index requests_by_status on comp_ai.requests (status, created_at desc)
     where status <> 200;
+
+-- Last: from here to the commit nobody reads the table either.
+drop index comp_ai.requests_by_time;

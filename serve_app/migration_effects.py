@@ -61,6 +61,8 @@ _STATEMENTS = (
     (rf"create table .* partition of {_NAME}", "ACCESS EXCLUSIVE", Work.SCANS),
     (rf"(?:drop table|truncate|truncate table) (?:if exists )?(?:only )?{_NAME}",
      "ACCESS EXCLUSIVE", Work.BRIEF),
+    # Named is the index; the lock is on its table, too, which the text does not say.
+    (rf"drop index (?:if exists )?{_NAME}", "ACCESS EXCLUSIVE", Work.BRIEF),
     (rf"drop trigger .*?\bon {_NAME}", "ACCESS EXCLUSIVE", Work.BRIEF),
     (rf"(?:create or replace|drop) view (?:if exists )?{_NAME}", "ACCESS EXCLUSIVE", Work.BRIEF),
     (rf"lock table (?:only )?{_NAME}", "ACCESS EXCLUSIVE", Work.BRIEF),

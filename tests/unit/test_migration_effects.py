@@ -35,6 +35,7 @@ REASONS = {
     ("sql", "told"),
     [
         ("alter table t add column a int", ["t: ACCESS EXCLUSIVE, brief"]),
+        ("drop index t_by_a", ["t_by_a: ACCESS EXCLUSIVE, brief"]),
         ("alter table t add column a int not null default 0", ["t: ACCESS EXCLUSIVE, brief"]),
         (
             "alter table t add a int not null",
