@@ -28,8 +28,9 @@ lint: setup ## Check style, types and import borders
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: setup ## Write what is made from the code: the reference of errors
+docs: setup ## Write what is made from the code: the references of errors and of settings
 	$(BIN)/python -m serve_app.error_reference docs/errors.md
+	$(BIN)/python -m serve_app.settings_reference docs/configuration.md
 
 test: model lint ## Run every check and every test
 	$(BIN)/pytest --numprocesses $(TEST_WORKERS) $(ALONE)

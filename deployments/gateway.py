@@ -16,7 +16,8 @@ from ray.serve.handle import DeploymentHandle
 from deployments.flags import check_flags
 from deployments.limits import Limits
 from deployments.metrics import RayBatchMetrics, RayGatewayMetrics
-from deployments.request_log import RequestLog, RequestLogOptions
+from deployments.options import RequestLogOptions
+from deployments.request_log import RequestLog
 from deployments.seams import RayLimitKeeper, RayModelPool, RayRecordSink
 from serve_app.accounts.sealing.master_keys import MasterKeys
 from serve_app.audit.policy import PolicyJournal

@@ -4,66 +4,22 @@ from __future__ import annotations
 
 import multiprocessing
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import prometheus_client
-from pydantic import BaseModel, ConfigDict, Field
 from ray.serve import Application
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 
 from deployments.leasing import Leasing, replica_id
-from serve_app.config import Name, parse_config
+from deployments.options import ModelArgs
+from serve_app.config import parse_config
 from serve_app.engine_counters import EngineCounters, read_engine_counters, read_progress
 from serve_app.engine_watch import EngineStuck, EngineWatch
 from serve_app.errors import ModelNotReady
 from serve_app.models.weights import adapter_rank, find_adapter, find_weights
 from serve_app.replica import Slot
 from serve_app.settings import load_settings
-
-
-class AdapterArgs(BaseModel):
-    """A LoRA adapter, loaded when the engine starts."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Name = Field(description="Name that the engine serves the model with it under.")
-    weights: str = Field(
-        min_length=1,
-        description="Folder of the adapter, absolute or below COMP_AI_MODEL_PATH; "
-        "or `hub:<organisation>/<adapter>`.",
-    )
-
-
-class ModelArgs(BaseModel):
-    """`args` of a model's Serve application."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Name = Field(description="Name that the engine serves the model under.")
-    weights: str = Field(
-        min_length=1,
-        description="Folder of the weights, absolute or below COMP_AI_MODEL_PATH; "
-        "or `hub:<organisation>/<model>` to let the engine fetch them.",
-    )
-    device: Literal["cpu", "gpu"] = Field(description="What the engine computes on.")
-    accelerator_type: str | None = Field(
-        default=None, description="Ray's name of the GPU, for example H100; any where not set."
-    )
-    engine: dict[str, Any] = Field(
-        default_factory=dict, description="vLLM engine arguments, by their Python names."
-    )
-    adapters: tuple[AdapterArgs, ...] = Field(
-        default=(), description="LoRA adapters that the engine serves beside the model."
-    )
-    stuck_after_s: float = Field(
-        default=120,
-        gt=0,
-        description="How long an engine with requests may make no step before it is replaced.",
-    )
-    replica_cpus: float = Field(
-        default=0.5, ge=0, description="CPUs that Ray sets aside for the replica's own process."
-    )
 
 
 def build(args: dict[str, Any]) -> Application:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from deployments.options import RequestLogOptions
 from deployments.upkeep import build_upkeep
 from serve_app.accounts import request_log
 from serve_app.accounts.drift import EngineCounts, EngineReading
 from serve_app.accounts.redaction import Redactor
 from serve_app.accounts.request_log import LogConfig, LogStatus
-from serve_app.accounts.retention.policy import RetentionPolicy
 from serve_app.accounts.sealing.master_keys import MasterKeys
 from serve_app.accounts.sealing.subject_keys import SubjectKeys
 from serve_app.accounts.spool import Spool
@@ -33,48 +31,6 @@ from serve_app.records import RequestRecord
 from serve_app.settings import load_settings
 
 _WRITE_BOUNDARIES_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
-
-
-class RequestLogOptions(BaseModel):
-    """What the Serve config may say of the request log."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    spool_folder: Path | None = Field(
-        default=None, description="Folder of the spools; `<COMP_AI_HOME>/spool` where not set."
-    )
-    spool_max_bytes: int | None = Field(
-        default=None,
-        ge=1024 * 1024,
-        description="Largest spool of one replica; new requests are refused from 90 % of it on. "
-        "No limit where not set.",
-    )
-    spool_min_free_bytes: int = Field(
-        default=536_870_912,
-        ge=0,
-        description="Free bytes of the spool's disk below which new requests are refused or "
-        "dropped, see `when_log_full`. Those under way use what is left.",
-    )
-    drain_timeout_s: float = Field(
-        default=10.0, ge=0, description="Longest wait for PostgreSQL when the replica stops."
-    )
-    batch_rows: int = Field(default=1000, ge=1, le=10_000, description="Most rows in one write.")
-    write_timeout_s: float = Field(default=30.0, gt=0, description="Longest time for one write.")
-    redaction_regions: tuple[str, ...] = Field(
-        default=("US", "DE"),
-        description="Countries whose national telephone numbers are redacted, as ISO 3166 codes.",
-    )
-    retention: RetentionPolicy = Field(
-        default_factory=RetentionPolicy,
-        description="How long each class of data is kept; what is not named is kept for ever.",
-    )
-    ended_keys_days: int | None = Field(
-        default=400,
-        ge=1,
-        le=36_500,
-        description="Days that an API key is kept after it was revoked or has expired; null is "
-        "for ever.",
-    )
 
 
 class RayLogMetrics:

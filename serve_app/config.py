@@ -88,7 +88,10 @@ class LimitPolicy(_Config):
     """How much may be used. None is no limit. Days and months are those of UTC."""
 
     requests_per_minute: int | None = Field(
-        default=None, ge=1, le=1_000_000, description="Requests granted in any 60 s."
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="Requests granted in any 60 s. No limit where not set; so with the others.",
     )
     tokens_per_minute: _Tokens | None = Field(
         default=None, description="Prompt and completion tokens used in any 60 s."
@@ -97,16 +100,18 @@ class LimitPolicy(_Config):
         default=None, ge=1, le=100_000, description="Requests under way at once."
     )
     tokens_per_day: _Tokens | None = Field(
-        default=None, description="Prompt and completion tokens used in a day."
+        default=None, description="Prompt and completion tokens used in a day of UTC."
     )
     tokens_per_month: _Tokens | None = Field(
-        default=None, description="Prompt and completion tokens used in a month."
+        default=None, description="Prompt and completion tokens used in a calendar month of UTC."
     )
     cost_per_day: Money | None = Field(
-        default=None, description="Money used in a day, by the prices of the models."
+        default=None,
+        description="Money used in a day, by the prices of the models; six decimals at most.",
     )
     cost_per_month: Money | None = Field(
-        default=None, description="Money used in a month, by the prices of the models."
+        default=None,
+        description="Money used in a month, by the prices of the models; six decimals at most.",
     )
 
     @property
@@ -137,7 +142,8 @@ class LimitsConfig(_Config):
     currency: str | None = Field(
         default=None,
         pattern=r"^[A-Z]{3}$",
-        description="Currency of every price and budget, such as EUR.",
+        description="Currency of every price and budget, such as `EUR`. Required where there is "
+        "one.",
     )
     everyone: LimitPolicy = Field(
         default=LimitPolicy(), description="Policy of all principals together."
@@ -146,13 +152,16 @@ class LimitsConfig(_Config):
         default=LimitPolicy(), description="Policy of a principal that is not named below."
     )
     principals: dict[str, LimitPolicy] = Field(
-        default_factory=dict, description="Policy by principal id."
+        default_factory=dict,
+        description="Policy by principal id. It replaces the default as a whole.",
     )
     groups: dict[str, MembersPolicy] = Field(
         default_factory=dict, description="Policy by group, without a leading slash."
     )
     roles: dict[str, MembersPolicy] = Field(
-        default_factory=dict, description="Policy by role, as the issuer names it."
+        default_factory=dict,
+        description="Policy by role, as the issuer names it. The roles of an API key are its "
+        "permissions.",
     )
 
     def policy_of(self, principal_id: str) -> LimitPolicy:
@@ -199,7 +208,9 @@ class StandingConfig(_Config):
         default=Standing(), description="Standing of who has none of the roles below."
     )
     roles: dict[str, Standing] = Field(
-        default_factory=dict, description="Standing by role, as the issuer names it."
+        default_factory=dict,
+        description="Standing by role, as the issuer names it. Of several roles the lowest "
+        "priority and the largest weight hold. The roles of an API key are its permissions.",
     )
     batch: Standing = Field(
         default=Standing(priority=100, weight=0.25),
@@ -222,12 +233,12 @@ class BodiesConfig(_Config):
 
     default: Bodies = Field(
         default=Bodies.FULL,
-        description="Where neither the model nor a role of the caller is named below: none, "
-        "metadata, redacted or full.",
+        description="Where neither the model nor a role of the caller is named below.",
     )
     models: dict[Name, Bodies] = Field(default_factory=dict, description="By name of the model.")
     roles: dict[str, Bodies] = Field(
-        default_factory=dict, description="By role, as the issuer names it."
+        default_factory=dict,
+        description="By role, as the issuer names it. The roles of an API key are its permissions.",
     )
 
     def of(self, model: str | None, roles: Collection[str], *others: Bodies | None) -> Bodies:
@@ -264,13 +275,19 @@ class QueueConfig(_Config):
     """The queue in front of each model, in each gateway."""
 
     max_waiting: int = Field(
-        default=1000, ge=1, le=100_000, description="Requests that wait for one model at once."
+        default=1000,
+        ge=1,
+        le=100_000,
+        description="Requests that wait for one application at once, in each gateway. With four "
+        "gateways four times as many can wait.",
     )
     at_ray: int = Field(
         default=32,
         ge=1,
         le=10_000,
-        description="Of those, for how many Ray is asked for a replica at once.",
+        description="Of those, for how many Ray is asked for a replica at once. Ray's "
+        "autoscaler sees these and no more. It does not change the order. Keep it at or below "
+        "`max_queued_requests` of the model.",
     )
 
 
@@ -280,21 +297,22 @@ class ModelEntry(_Config):
     name: Name = Field(description="Name that clients send as `model`.")
     app: Name = Field(description="Serve application that serves it.")
     aliases: tuple[Name, ...] = Field(
-        default=(), description="Other names that clients may send for it."
+        default=(), description="Other names that clients may send for it, such as `gpt-4o-mini`."
     )
     engine_name: Name | None = Field(
         default=None, description="Name that the engine knows it under; `name` where not set."
     )
     task: Task = Field(
         default=Task.GENERATE,
-        description="What it is for: generate (chat and text), embed (embeddings, rerank and "
-        "score) or score (rerank and score).",
+        description="What it is for: `generate` (chat and text), `embed` (embeddings, rerank "
+        "and score) or `score` (rerank and score). Every model can tokenize. A request for "
+        "something else is refused with 400.",
     )
     max_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Most completion tokens a request may ask for; "
-        "COMP_AI_MAX_TOKENS where it is not set.",
+        description="Most completion tokens a request may ask for; `COMP_AI_MAX_TOKENS` where "
+        "it is not set.",
     )
     default_max_tokens: int | None = Field(
         default=None,
@@ -304,16 +322,21 @@ class ModelEntry(_Config):
     )
     when_cold: WhenCold = Field(
         default=WhenCold.WAIT,
-        description="While no replica runs: wait up to cold_timeout_s, or refuse at once and "
-        "start one.",
+        description="While no replica runs: `wait` up to `cold_timeout_s`, or `refuse` at once "
+        "with 503 and start one.",
     )
     cold_timeout_s: float = Field(
-        default=300.0, gt=0, description="Longest wait for a replica while none runs."
+        default=300.0,
+        gt=0,
+        description="Longest wait for a replica while none runs. It counts from the arrival; "
+        "less than `queue_timeout_s` means nothing. With `refuse`, how long after the last "
+        "request a replica is still asked for.",
     )
     start_guess_s: float = Field(
         default=60.0,
         gt=0,
-        description="Time that a replica takes to start, until one start was measured.",
+        description="Time that a replica takes to start, until the gateway has measured one. It "
+        "goes into `Retry-After`.",
     )
     context_tokens: int | None = Field(
         default=None,
@@ -324,22 +347,28 @@ class ModelEntry(_Config):
     template_tokens: int = Field(
         default=256,
         ge=0,
-        description="Most tokens that the chat template adds to what a request says.",
+        description="Most tokens that the chat template adds to what a request says: a system "
+        "prompt of its own, the words around messages and tools.",
     )
     price_per_million_prompt_tokens: Price | None = Field(
-        default=None, description="In the currency of the limits; nothing where not set."
+        default=None,
+        description="In the currency of the limits, six decimals at most; nothing where not set.",
     )
     price_per_million_completion_tokens: Price | None = Field(
-        default=None, description="In the currency of the limits; nothing where not set."
+        default=None,
+        description="In the currency of the limits, six decimals at most; nothing where not set.",
     )
     restricted: bool = Field(
         default=False,
-        description="Only for those whose list of models names it, and for admins.",
+        description="Only for those whose list of models names it, and for admins. To everybody "
+        "else it does not exist.",
     )
     priority: bool = Field(
         default=False,
-        description="The engine schedules by priority (`scheduling_policy: priority`), so "
-        "requests carry theirs to it.",
+        description="The engine schedules by priority (`scheduling_policy: priority` in its "
+        "`engine` arguments), so requests carry theirs to it. Without it they are placed in the "
+        "gateway's queue alone: an engine that serves in order of arrival would take the number "
+        "and ignore it.",
     )
 
     @property
@@ -364,8 +393,9 @@ class Grant(_Config):
     )
     models: tuple[NamePattern, ...] | None = Field(
         default=None,
-        description="Models that it allows: names, or patterns with `*` and `?`. Who has one list "
-        "or more may use what stands on them and nothing else.",
+        description="Models that it allows: real names, no aliases, or patterns with `*` and "
+        "`?`. Who has one list or more may use what stands on them and nothing else; without a "
+        "list, every model that is not restricted.",
     )
 
 
@@ -383,16 +413,19 @@ class AccessConfig(_Config):
     roles: dict[str, Grant] | None = Field(
         default=None,
         description="Grants by role, as the issuer names it. Where not set, the roles "
-        "comp-ai:user, comp-ai:admin and comp-ai:auditor give the permission of their name.",
+        "`comp-ai:user`, `comp-ai:admin` and `comp-ai:auditor` give the permission of their name. "
+        "With `roles` set, only those that stand there give something.",
     )
     groups: dict[str, Grant] = Field(
         default_factory=dict,
-        description="Grants by group, as the issuer names it, without a leading slash.",
+        description="Grants by group, as the issuer names it, without a leading slash: "
+        "`platform/team-a`. A group gives nothing to the groups below it.",
     )
     model_role_prefix: str | None = Field(
         default="comp-ai:model:",
         min_length=1,
-        description="A role of this prefix and a model's name allows that model, as a list does.",
+        description="A role of this prefix and a model's name allows that model, as a list of "
+        "models does. `null` switches it off.",
     )
 
     @property
@@ -429,16 +462,21 @@ class IdempotencyConfig(_Config):
         default=24 * 3600.0,
         gt=0,
         le=366 * 24 * 3600.0,
-        description="How long an answer is kept and sent again.",
+        description="How long an answer is kept and sent again, from its end.",
     )
     max_stored_bytes: int = Field(
-        default=4 * 1024 * 1024, ge=0, le=256 * 1024 * 1024, description="Longest answer kept."
+        default=4 * 1024 * 1024,
+        ge=0,
+        le=256 * 1024 * 1024,
+        description="Longest answer kept. A longer one goes out once; a retry of it is refused "
+        "with 409 `idempotency_answer_not_kept`.",
     )
     claim_s: float = Field(
         default=30.0,
         gt=0,
         le=3600.0,
-        description="How long a key stays taken after the gateway that worked on it died.",
+        description="How long a key stays taken after the gateway that worked on it died. A "
+        "living gateway renews it three times in that time.",
     )
 
 
@@ -446,17 +484,23 @@ class FilesConfig(_Config):
     """Files that are uploaded, and the results of batches."""
 
     max_bytes: int = Field(
-        default=100 * 1024 * 1024, ge=1024, le=1024**3, description="Largest file of an upload."
+        default=100 * 1024 * 1024,
+        ge=1024,
+        le=1024**3,
+        description="Largest file of an upload. nginx has a limit of its own, "
+        "`COMP_AI_NGINX_MAX_UPLOAD`.",
     )
     max_bytes_per_principal: int = Field(
         default=1024**3,
         ge=1024,
-        description="Most bytes that the files of one principal may hold for it to upload more.",
+        description="Most bytes that the files of one principal may hold for it to upload more. "
+        "Results count, and are never refused.",
     )
     retention_s: int = Field(
         default=30 * 24 * 3600,
         ge=3600,
-        description="How long a file is kept that names no expiry, and a batch that has ended.",
+        description="How long a file is kept that names no expiry, and a batch after its "
+        "completion window.",
     )
 
 
@@ -467,7 +511,8 @@ class BatchesConfig(_Config):
         default=8,
         ge=0,
         le=1000,
-        description="Most requests of batches under way at one gateway; 0 runs none.",
+        description="Most requests of batches under way at one gateway; 0 runs none there, and "
+        "none anywhere where every gateway has 0.",
     )
     max_lines: int = Field(
         default=50_000, ge=1, le=1_000_000, description="Most requests in one batch."
@@ -487,7 +532,8 @@ class ResponsesConfig(_Config):
         default=30 * 24 * 3600.0,
         gt=0,
         le=3660 * 24 * 3600.0,
-        description="How long a response is kept after it was made or last continued.",
+        description="How long a response is kept after it was made or last continued; the "
+        "default is 30 days.",
     )
     max_background: int = Field(
         default=32,
@@ -501,20 +547,25 @@ class KeysConfig(_Config):
     """API keys that people make for themselves."""
 
     max_per_owner: int = Field(
-        default=100, ge=0, le=100_000, description="Most valid keys of one owner."
+        default=100,
+        ge=0,
+        le=100_000,
+        description="Most valid keys of one owner. An administrator may make more of them.",
     )
     max_overlap_s: int = Field(
         default=7 * 24 * 3600,
         ge=0,
         le=366 * 24 * 3600,
-        description="Longest time that the earlier secrets of a rotated key stay valid.",
+        description="Longest time that the earlier secrets of a rotated key stay valid; the "
+        "default is 7 days. It holds at `/admin/keys` too, not at the command line.",
     )
     max_life_s: int | None = Field(
         default=None,
         ge=60,
         le=3660 * 24 * 3600,
-        description="Longest life of a secret that somebody makes for himself: a key expires then, "
-        "unless it is rotated. No bound where not set, and none for administrators.",
+        description="Longest life of a secret that somebody makes for himself, from when it was "
+        "made or last rotated. A key without an `expires_at` gets that one. No bound where not "
+        "set; none at `/admin/keys` and at the command line.",
     )
 
 
@@ -525,15 +576,21 @@ class SignInConfig(_Config):
         default=60,
         ge=1,
         le=1_000_000,
-        description="Failures of one client address at one gateway, at once and anew in each "
-        "minute, before they are answered with 429. A good credential passes all the same.",
+        description="How many sign-ins of one client address may fail at once, and anew in each "
+        "minute, before they are answered with 429 `too_many_failed_sign_ins` instead of 401. A "
+        "good credential passes all the same, also from that address. Not counted: requests "
+        "without a credential. IPv6 addresses are counted by their /64. Each gateway counts for "
+        "itself, for the 10,000 addresses that failed last; so with four gateways it is up to "
+        "four times as many.",
     )
 
 
 class GatewayConfig(_Config):
     """The gateway's policy."""
 
-    models: tuple[ModelEntry, ...] = Field(min_length=1, description="Models on offer.")
+    models: tuple[ModelEntry, ...] = Field(
+        min_length=1, description="Models on offer. No name or alias may lead to two of them."
+    )
     default_model: str | None = Field(
         default=None,
         description="Model of a request that names none; such a request is refused where not set.",
@@ -542,7 +599,8 @@ class GatewayConfig(_Config):
     remote_media: bool = Field(
         default=False,
         description="Let the engine fetch pictures, sound and film from addresses that a "
-        "request names.",
+        "request names. It fetches them from inside the network, so a client could reach what "
+        "it should not: with this set, name the hosts in the engine's `allowed_media_domains`.",
     )
     access: AccessConfig = Field(
         default=AccessConfig(), description="Permissions and models by role and group."
@@ -559,7 +617,9 @@ class GatewayConfig(_Config):
     queue: QueueConfig = Field(
         default=QueueConfig(), description="The queue in front of each model."
     )
-    files: FilesConfig = Field(default=FilesConfig(), description="Uploads and results.")
+    files: FilesConfig = Field(
+        default=FilesConfig(), description="Uploads and the results of batches."
+    )
     batches: BatchesConfig = Field(default=BatchesConfig(), description="How batches are run.")
     responses: ResponsesConfig = Field(
         default=ResponsesConfig(), description="Stored and background responses."
@@ -570,7 +630,8 @@ class GatewayConfig(_Config):
     sign_in: SignInConfig = Field(default=SignInConfig(), description="Sign-ins that fail.")
     bodies: BodiesConfig = Field(
         default=BodiesConfig(),
-        description="What the log keeps of prompts and answers; a word alone is the default.",
+        description="What the log keeps of prompts and answers. A word alone (`bodies: none`) "
+        "is its default.",
     )
     durability: Durability = Field(
         default=Durability.SYNC,
@@ -583,10 +644,15 @@ class GatewayConfig(_Config):
         "them, and drop and count the records that cannot be kept.",
     )
     deadline_s: float = Field(
-        default=600.0, gt=0, description="Longest time for one request, its stream included."
+        default=600.0,
+        gt=0,
+        description="Longest time for one request, its stream included. Recording it comes on top.",
     )
     queue_timeout_s: float = Field(
-        default=30.0, gt=0, description="Longest wait for a replica of the model."
+        default=30.0,
+        gt=0,
+        description="Longest wait for a replica of the model, as long as one runs. Keep it "
+        "above 0.25: only after that the gateway looks whether one does.",
     )
     record_timeout_s: float = Field(
         default=30.0, gt=0, description="Longest wait for the record to be on disk."

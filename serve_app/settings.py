@@ -46,7 +46,7 @@ class ServiceSettings(_Settings):
     http_host: str = Field(
         default="127.0.0.1",
         alias="COMP_AI_HTTP_HOST",
-        description="Address that nginx listens on.",
+        description="Address that nginx listens on. `0.0.0.0` opens the service to the network.",
     )
     http_port: Port = Field(
         default=8080, alias="COMP_AI_HTTP_PORT", description="Port that nginx listens on."
@@ -54,12 +54,14 @@ class ServiceSettings(_Settings):
     port: Port = Field(
         default=3002,
         alias="COMP_AI_PORT",
-        description="Port of the Serve proxy behind nginx. Never publish it.",
+        description="Port of the Serve proxy behind nginx. Never publish it. Under `comp-ai up` "
+        "it replaces the port in the YAML.",
     )
     issuer_port: Port = Field(
         default=3003,
         alias="COMP_AI_ISSUER_PORT",
-        description="Port of the local token issuer that `comp-ai up` starts.",
+        description="Port of the local token issuer that `comp-ai up` starts where no issuer is "
+        "configured.",
     )
     ray_port: Port = Field(
         default=6379, alias="COMP_AI_RAY_PORT", description="Port of Ray's control store."
@@ -72,7 +74,8 @@ class ServiceSettings(_Settings):
     metrics_port: Port = Field(
         default=8090,
         alias="COMP_AI_METRICS_PORT",
-        description="Port on which Ray exports metrics for Prometheus.",
+        description="Port on which Ray exports metrics for Prometheus, on all addresses of the "
+        "machine.",
     )
     ray_head: str | None = Field(
         default=None,
@@ -83,8 +86,8 @@ class ServiceSettings(_Settings):
     ray_token: SecretStr | None = Field(
         default=None,
         alias="COMP_AI_RAY_TOKEN",
-        description="Token of the Ray cluster, for `comp-ai head` and `comp-ai worker`: the same "
-        "on every node. At least 32 characters.",
+        description="Token of the Ray cluster, for `comp-ai head` and `comp-ai worker`: the "
+        "same on every node. A head without it makes one in its data folder.",
         min_length=32,
     )
     node_address: str | None = Field(
@@ -104,13 +107,14 @@ class ServiceSettings(_Settings):
     model_path: Path | None = Field(
         default=None,
         alias="COMP_AI_MODEL_PATH",
-        description="Folder of model weights; `<COMP_AI_HOME>/models` where it is not set.",
+        description="Folder of model weights; `<COMP_AI_HOME>/models` where it is not set. Give "
+        "an absolute path: `~` is not expanded here.",
     )
     api_key: SecretStr | None = Field(
         default=None,
         alias="COMP_AI_API_KEY",
-        description="A bootstrap API key with every permission, for the first sign-in. "
-        "At least 32 characters; remove it once other keys exist.",
+        description="A bootstrap API key with every permission, for the first sign-in. Remove "
+        "it once other keys exist.",
         min_length=32,
     )
     max_tokens: int = Field(
@@ -148,7 +152,12 @@ class PostgresSettings(_Settings):
         description="Host name, or the folder of a Unix socket.",
     )
     port: Port = Field(default=5432, alias="POSTGRES_PORT", description="Port.")
-    user: str = Field(default="comp_ai", alias="POSTGRES_USER", description="Role to log in as.")
+    user: str = Field(
+        default="comp_ai",
+        alias="POSTGRES_USER",
+        description="Role to log in as. It must own the schema `comp_ai` or be allowed to make "
+        "it: it applies migrations and makes monthly partitions.",
+    )
     password: SecretStr | None = Field(
         default=None, alias="POSTGRES_PASSWORD", description="Password of the role."
     )
@@ -156,12 +165,16 @@ class PostgresSettings(_Settings):
     sslmode: Literal["disable", "prefer", "require", "verify-ca", "verify-full"] = Field(
         default="prefer",
         alias="POSTGRES_SSLMODE",
-        description="How the connection is encrypted, in libpq's words.",
+        description="How the connection is encrypted, in libpq's words. Over networks use "
+        "`verify-full`: it alone refuses another host that has a certificate of the same CA. "
+        "`verify-ca` and `verify-full` trust the CAs of `POSTGRES_SSLROOTCERT`.",
     )
     sslrootcert: Path | None = Field(
         default=None,
         alias="POSTGRES_SSLROOTCERT",
-        description="File of the CAs that verify-ca and verify-full trust, in PEM.",
+        description="File of the CAs that `verify-ca` and `verify-full` trust, in PEM. Where "
+        "not set, the system's CAs, or those of `SSL_CERT_FILE`. It is read at the start, and "
+        "the start fails if it holds no certificate.",
     )
     pool_size: int = Field(
         default=8,
@@ -173,26 +186,29 @@ class PostgresSettings(_Settings):
     read_host: str | None = Field(
         default=None,
         alias="POSTGRES_READ_HOST",
-        description="Host name of a read replica, for usage and searches.",
+        description="Host name of a read replica, for usage and searches. Role, password, "
+        "database and TLS are those of the primary.",
     )
     read_port: Port | None = Field(
         default=None,
         alias="POSTGRES_READ_PORT",
-        description="Port of the read replica; POSTGRES_PORT where not set.",
+        description="Port of the read replica; `POSTGRES_PORT` where not set.",
     )
     read_pool_size: int = Field(
         default=4,
         ge=1,
         le=1000,
         alias="POSTGRES_READ_POOL_SIZE",
-        description="Most connections of one gateway for usage and searches.",
+        description="Most connections of one gateway for usage and searches, to the primary and "
+        "to the replica each.",
     )
     read_timeout_s: float = Field(
         default=10.0,
         gt=0,
         le=3600,
         alias="POSTGRES_READ_TIMEOUT_S",
-        description="Longest time for one statement of usage and searches.",
+        description="Longest time for one statement of usage and searches; it is ended then, "
+        "and the answer is 503 `query_too_slow`.",
     )
 
     @field_validator("sslrootcert")
@@ -220,7 +236,8 @@ class OidcSettings(_Settings):
     keycloak_url: AnyHttpUrl | None = Field(
         default=None,
         alias="KEYCLOAK_URL",
-        description="Base URL of Keycloak; with the realm it gives the issuer.",
+        description="Base URL of Keycloak; with the realm it gives the issuer, "
+        "`<url>/realms/<realm>`.",
     )
     keycloak_realm: str = Field(
         default="lianel", alias="KEYCLOAK_REALM", description="Keycloak realm."
@@ -228,7 +245,7 @@ class OidcSettings(_Settings):
     issuer: AnyHttpUrl | None = Field(
         default=None,
         alias="COMP_AI_OIDC_ISSUER",
-        description="Issuer URL of any OpenID Connect provider; wins over KEYCLOAK_URL.",
+        description="Issuer URL of any OpenID Connect provider; wins over `KEYCLOAK_URL`.",
     )
     audience: str = Field(
         default="comp-ai-service",
@@ -243,7 +260,7 @@ class OidcSettings(_Settings):
     client_secret: SecretStr | None = Field(
         default=None,
         alias="COMP_AI_KEYCLOAK_CLIENT_SECRET",
-        description="Secret of that client, for `comp-ai token` and for introspection.",
+        description="The secret of that client, for `comp-ai token` and for introspection.",
     )
     authorized_parties: tuple[str, ...] = Field(
         default=(),
@@ -254,17 +271,20 @@ class OidcSettings(_Settings):
     discovery_url: AnyHttpUrl | None = Field(
         default=None,
         alias="COMP_AI_OIDC_DISCOVERY_URL",
-        description="Where the issuer's discovery document is reached, if not below its own URL.",
+        description="Where the issuer's discovery document is reached, if not at "
+        "`<issuer>/.well-known/openid-configuration`: inside a Docker network its address is "
+        "often another one than its `iss`. The document must still name the issuer.",
     )
     introspection: bool = Field(
         default=False,
         alias="COMP_AI_OIDC_INTROSPECTION",
-        description="Ask the issuer about opaque tokens, as our client.",
+        description="Ask the issuer about opaque tokens, as `COMP_AI_KEYCLOAK_CLIENT_ID` with "
+        "its secret.",
     )
     issuers_file: Path | None = Field(
         default=None,
         alias="COMP_AI_OIDC_ISSUERS",
-        description="Path of a YAML file of further issuers.",
+        description="Path of a YAML file of further issuers. It must be there on every node.",
     )
     clock_skew_s: float = Field(
         default=30.0,
@@ -285,7 +305,8 @@ class OidcSettings(_Settings):
         ge=1,
         le=300,
         alias="COMP_AI_OIDC_UNKNOWN_KEY_S",
-        description="Least time between two fetches for keys that are not known.",
+        description="Least time between two fetches for keys that are not known. A token with "
+        "such a key waits that long at most.",
     )
     key_outage_s: float = Field(
         default=24 * 3600.0,
@@ -299,7 +320,8 @@ class OidcSettings(_Settings):
         ge=0,
         le=3600,
         alias="COMP_AI_OIDC_INTROSPECTION_CACHE_S",
-        description="How long an issuer's answer about an opaque token holds.",
+        description="How long an issuer's answer about an opaque token holds. A token that was "
+        "ended there is accepted here that long at most.",
     )
     introspection_outage_s: float = Field(
         default=300.0,
@@ -313,7 +335,8 @@ class OidcSettings(_Settings):
         gt=0,
         le=10_000,
         alias="COMP_AI_OIDC_INTROSPECTION_RATE",
-        description="Most questions a second about tokens that were never good.",
+        description="Most questions a second, of each gateway, about tokens that the issuer "
+        "never called good.",
     )
 
     @model_validator(mode="after")
@@ -343,8 +366,9 @@ class SealingSettings(_Settings):
     master_key: SecretStr | None = Field(
         default=None,
         alias="COMP_AI_MASTER_KEY",
-        description="One key or more, each the base64 of 32 bytes, with lines or commas between: "
-        "the first wraps the keys of subjects, the others still open what they wrapped.",
+        description="One key or more, each the base64 of 32 bytes, with lines or commas "
+        "between: the first wraps the keys of subjects, the others still open what they "
+        "wrapped. `comp-ai master-key new` makes one.",
     )
 
 
@@ -354,27 +378,29 @@ class BackupSettings(_Settings):
     folder: Path | None = Field(
         default=None,
         alias="COMP_AI_BACKUP_PATH",
-        description="Folder of the backups; `<COMP_AI_HOME>/backups` where it is not set.",
+        description="Folder of the backups; `<COMP_AI_HOME>/backups` where it is not set. Put "
+        "it on another disk than the database, and keep it for one installation.",
     )
     programs: Path | None = Field(
         default=None,
         alias="COMP_AI_BACKUP_PROGRAMS",
-        description="Folder of pg_dump and pg_restore, not older than the server; where it is "
-        "not set, those of the embedded server, else of PATH.",
+        description="Folder of pg_dump and pg_restore, not older than the server. Where it is "
+        "not set, those of the embedded server are taken, or with `POSTGRES_HOST` those of "
+        "`PATH` if it has any.",
     )
     daily: int = Field(
         default=7,
         ge=0,
         le=10_000,
         alias="COMP_AI_BACKUP_DAILY",
-        description="Days that keep their newest backup.",
+        description="Days that keep their newest backup, of those that have one.",
     )
     weekly: int = Field(
         default=4,
         ge=0,
         le=10_000,
         alias="COMP_AI_BACKUP_WEEKLY",
-        description="Weeks that keep their newest backup.",
+        description="ISO weeks that keep their newest backup.",
     )
     monthly: int = Field(
         default=12,

@@ -41,7 +41,8 @@ class FurtherIssuer(_Entry):
     """One further issuer whose access tokens are accepted."""
 
     name: _Name = Field(
-        description="Put with a colon before the ids, groups, roles and clients of its tokens."
+        description="It is put with a colon before the ids, groups, roles and clients of its "
+        "tokens, so that they are never those of another issuer."
     )
     issuer: AnyHttpUrl = Field(description="The `iss` of its tokens.")
     discovery_url: AnyHttpUrl | None = Field(
@@ -61,7 +62,12 @@ class FurtherIssuer(_Entry):
     permissions: tuple[Literal["comp-ai:user", "comp-ai:admin", "comp-ai:auditor"], ...] = Field(
         default=("comp-ai:user",), description="Permissions that its tokens may give."
     )
-    introspection: bool = Field(default=False, description="Ask it about opaque tokens.")
+    introspection: bool = Field(
+        default=False,
+        description="Ask it about opaque tokens. One issuer only may have this, the one of the "
+        "environment included: an opaque token does not say whose it is, and must not be shown "
+        "to another issuer.",
+    )
     client_secret_env: str | None = Field(
         default=None, description="Variable that holds the secret of `client_id`."
     )

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from deployments.model import ModelArgs, llm_config
+from deployments.model import llm_config
+from deployments.options import ModelArgs
 from serve_app.config import parse_config
 from serve_app.errors import ConfigError
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.model import ModelArgs
+from deployments.options import ModelArgs
 from serve_app.config import GatewayConfig, parse_config
 from serve_app.settings import load_settings
 

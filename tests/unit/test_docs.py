@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import enum
 import re
 import shlex
 import tomllib
@@ -13,14 +11,14 @@ from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 from typer.main import get_command
 
-from serve_app import error_reference
+from deployments.options import AdapterArgs, ModelArgs, RequestLogOptions
+from serve_app import error_reference, settings_reference
 from serve_app.accounts.retention.policy import RetentionPolicy
 from serve_app.cli.app import app as command_line
 from serve_app.completions.kinds import ENDPOINTS
-from serve_app.config import GatewayConfig, LimitPolicy, ModelEntry
+from serve_app.config import GatewayConfig
 from serve_app.http_app import create_app
 from serve_app.identity.issuers_file import FurtherIssuer
 from serve_app.settings import GROUPS
@@ -66,63 +64,6 @@ def section(name: str) -> dict[str, str]:
     return {row[0]: row[1] for row in rows(heading(CONFIGURATION, f"### `{name}`"))}
 
 
-def shown(default: object) -> str:
-    """Return a default as the tables write it."""
-    if default is PydanticUndefined:
-        return "required"
-    if default is None:
-        return "not set"
-    if isinstance(default, enum.Enum):
-        return str(default.value)
-    if isinstance(default, float):
-        return f"{default:g}"
-    if isinstance(default, BaseModel):
-        named = default.model_dump(exclude_unset=True)
-        return ", ".join(f"{name} {value:g}" for name, value in named.items()) or "empty"
-    if default in ((), {}):
-        return "empty"
-    return str(default)
-
-
-def fields_of(model: type[BaseModel]) -> dict[str, str]:
-    """Return the settings of a class as the YAML or the environment names them."""
-    return {
-        field.alias or name: shown(field.get_default(call_default_factory=True))
-        for name, field in model.model_fields.items()
-    }
-
-
-def parsed_fields(file: str, name: str) -> dict[str, str]:
-    """Return the same without an import: these modules load Ray, which takes seconds."""
-    tree = ast.parse((PROJECT / file).read_text(encoding="utf-8"))
-    [found] = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
-    return {
-        str(node.target.id): shown(_parsed_default(node.value))
-        for node in found.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
-
-
-def _parsed_default(value: ast.expr | None) -> object:
-    if not isinstance(value, ast.Call):
-        return PydanticUndefined
-    given: dict[str | None, Any] = {word.arg: word.value for word in value.keywords}
-    if isinstance(given.get("default"), ast.Attribute):
-        return given["default"].attr.lower()  # a member of an enum, by our custom
-    if "default" in given:
-        return ast.literal_eval(given["default"])
-    return {} if "default_factory" in given else PydanticUndefined
-
-
-@pytest.mark.parametrize("group", GROUPS.values(), ids=lambda group: group.__name__)
-def test_every_environment_setting_is_documented(group: type[BaseModel]) -> None:
-    assert section(group.__name__) == fields_of(group)
-
-
-def test_every_setting_of_a_further_issuer_is_documented() -> None:
-    assert section("FurtherIssuer") == fields_of(FurtherIssuer)
-
-
 def models_within(model: type[BaseModel]) -> list[type[BaseModel]]:
     """Return `model` and every model that its fields hold."""
     found = [model]
@@ -139,26 +80,25 @@ def walked(kinds: Iterable[object]) -> Iterator[object]:
         yield from walked(get_args(kind))
 
 
-@pytest.mark.parametrize("model", [*models_within(GatewayConfig), *models_within(RetentionPolicy)])
-def test_every_setting_of_the_policy_is_documented(model: type[BaseModel]) -> None:
-    assert section(model.__name__) == fields_of(model)
+DOCUMENTED = [
+    *GROUPS.values(),
+    FurtherIssuer,
+    *models_within(GatewayConfig),
+    *models_within(RetentionPolicy),
+    ModelArgs,
+    AdapterArgs,
+    RequestLogOptions,
+]
 
 
-@pytest.mark.parametrize(
-    ("file", "name"),
-    [
-        ("deployments/model.py", "ModelArgs"),
-        ("deployments/model.py", "AdapterArgs"),
-        ("deployments/request_log.py", "RequestLogOptions"),
-    ],
-)
-def test_every_setting_of_a_deployment_is_documented(file: str, name: str) -> None:
-    assert section(name) == parsed_fields(file, name)
+@pytest.mark.parametrize("kind", DOCUMENTED, ids=lambda kind: kind.__name__)
+def test_every_class_of_settings_has_its_table(kind: type[BaseModel]) -> None:
+    text = heading(CONFIGURATION, f"### `{kind.__name__}`")
+    assert f"<!-- Settings of {kind.__module__}:{kind.__name__}, by `make docs`. -->" in text
 
 
-@pytest.mark.parametrize("model", [LimitPolicy, ModelEntry])
-def test_fields_are_parsed_as_pydantic_sees_them(model: type[BaseModel]) -> None:
-    assert parsed_fields("serve_app/config.py", model.__name__) == fields_of(model)
+def test_the_reference_of_settings_is_up_to_date() -> None:
+    assert settings_reference.renewed(CONFIGURATION) == CONFIGURATION, "run `make docs`"
 
 
 def test_every_nginx_variable_is_documented() -> None:
