@@ -13,6 +13,7 @@ from deployments.counts_teller import CountsTeller
 from serve_app.contracts import LeaseGrant, LeaseHint
 from serve_app.engine_counters import EngineCounters
 from serve_app.replica import Abort, LeaseBook, LeaseDoor, ReplicaServer
+from serve_app.settings import load_settings
 
 
 class Leasing:
@@ -24,7 +25,10 @@ class Leasing:
         """Serve `app` behind a lease door on this node. Raises OSError if it cannot bind."""
         self._leases = LeaseBook()
         door = LeaseDoor(app, self._leases, abort)
-        self._http = ReplicaServer(door, ray.util.get_node_ip_address())
+        ports = load_settings().service.node_ports
+        self._http = ReplicaServer(
+            door, ray.util.get_node_ip_address(), ports.replicas if ports is not None else ()
+        )
         await self._http.start()
         self._teller = CountsTeller(model_name(), self.engine_counters)
         self._teller.start()

@@ -8,10 +8,12 @@ whatever still runs under its token is stopped.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hmac
+import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
@@ -156,11 +158,27 @@ class _QuietServer(uvicorn.Server):
         yield
 
 
-class ReplicaServer:
-    """Serves an ASGI app on a free port of `host`, inside the running event loop."""
+def _listen(host: str, ports: Sequence[int]) -> socket.socket:
+    # Replicas of this node that start at the same time do not all try the same one first.
+    start = os.getpid() % len(ports)
+    for port in (*ports[start:], *ports[:start]):
+        try:
+            return socket.create_server((host, port), backlog=2048)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    raise OSError(errno.EADDRINUSE, f"no free port from {ports[0]} to {ports[-1]}")
 
-    def __init__(self, app: ASGIApp, host: str) -> None:
+
+class ReplicaServer:
+    """Serves an ASGI app on a free port of `host`, inside the running event loop.
+
+    The port is one of `ports`, or any where there are none.
+    """
+
+    def __init__(self, app: ASGIApp, host: str, ports: Sequence[int] = ()) -> None:
         self._host = host
+        self._ports = ports or (0,)
         self._server = _QuietServer(
             uvicorn.Config(
                 app,
@@ -175,8 +193,8 @@ class ReplicaServer:
         self.address = ""
 
     async def start(self) -> None:
-        """Bind, listen and serve. Raises OSError if `host` cannot be bound."""
-        listener = socket.create_server((self._host, 0), backlog=2048)
+        """Bind, listen and serve. Raises OSError if `host` cannot be bound, or no port is free."""
+        listener = _listen(self._host, self._ports)
         port = listener.getsockname()[1]
         self.address = f"{self._host}:{port}"
         self._task = asyncio.create_task(

@@ -16,19 +16,29 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import (
     AnyHttpUrl,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
 from serve_app.errors import ConfigError
 from serve_app.identity.issuers_file import ONE_INTROSPECTION, LoadedIssuer, load_issuers
+from serve_app.node_ports import NodePorts
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 _Group = TypeVar("_Group", bound=BaseModel)
+
+
+_PORTS_SCHEMA = {"type": "string", "pattern": "^[0-9]+-[0-9]+$"}
+
+
+def _node_ports(given: object) -> object:
+    return NodePorts.parse(given) if isinstance(given, str) else given
 
 
 class _Settings(BaseModel):
@@ -95,6 +105,29 @@ class ServiceSettings(_Settings):
         alias="COMP_AI_NODE_ADDRESS",
         description="Address by which other nodes and Prometheus reach this one, for "
         "`comp-ai head` and `comp-ai worker`; Ray finds it out where it is not set.",
+    )
+    node_ports: Annotated[
+        NodePorts | None, BeforeValidator(_node_ports), WithJsonSchema(_PORTS_SCHEMA)
+    ] = Field(
+        default=None,
+        alias="COMP_AI_NODE_PORTS",
+        description="Range that Ray and the model replicas of this node take their ports from, "
+        "as `20000-20999`, at least 100 ports; any free ports where it is not set. "
+        "What each is stands in [deployment](deployment.md#ports-and-firewall).",
+    )
+    ray_store: Path | None = Field(
+        default=None,
+        alias="COMP_AI_RAY_STORE",
+        description="Folder in which `comp-ai head` keeps Ray's control store, so that workers "
+        "and applications go on when the head is started again; in memory where it is not set. "
+        "It wants `COMP_AI_NODE_ADDRESS`, and a disk that outlives the container.",
+    )
+    head_away_s: float = Field(
+        default=1800.0,
+        ge=10,
+        le=7 * 24 * 3600.0,
+        alias="COMP_AI_HEAD_AWAY_S",
+        description="How long a worker goes on without its head before it ends what runs on it.",
     )
     drain_s: float = Field(
         default=660.0,

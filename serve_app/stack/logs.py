@@ -6,6 +6,7 @@ They write JSON to their stdout, which Ray puts into one file for each worker.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,12 @@ class LogFollower:
         self._write = write
         self._read: dict[Path, int] = {}
         self._pending: dict[Path, bytes] = {}
+
+    def skip_present(self) -> None:
+        """Leave out what is there now: a head that is started again goes on with its session."""
+        for path in self._folder.glob(_FILES):
+            with suppress(OSError):
+                self._read[path] = path.stat().st_size
 
     async def run(self) -> None:
         """Follow until cancelled; what was written until then is copied before the end."""
@@ -70,3 +77,9 @@ def is_log_line(line: bytes) -> bool:
         return isinstance(orjson.loads(line).get("action"), str)
     except orjson.JSONDecodeError:
         return False
+
+
+def write_line(line: str) -> None:
+    """Write to our stdout at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

@@ -21,6 +21,7 @@ from serve_app.settings import Settings
 from serve_app.stack import accounts
 from serve_app.stack.cluster import Cluster
 from serve_app.stack.home import Home
+from serve_app.stack.logs import LogFollower, write_line
 from serve_app.stack.ports import NeededPort, check_free
 from serve_app.stack.processes import Supervisor
 from serve_app.stack.progress import Parts
@@ -52,6 +53,10 @@ class Head:
         self._settings = settings
         self._parts = parts
         service = settings.service
+        if service.ray_store is not None and service.node_address is None:
+            raise ConfigError(
+                "COMP_AI_NODE_ADDRESS", None, "the address at which workers find the head again"
+            )
         self._supervisor = Supervisor(service.home_path)
         ray = RayHead(
             home=Home(service.home_path),
@@ -59,6 +64,7 @@ class Head:
             project=PROJECT,
             node_address=service.node_address,
             dashboard_host=_ALL,
+            store=service.ray_store,
         )
         served = read_config(config, port=service.port, host=_ALL)
         self._cluster = Cluster(ray, served, self._supervisor, parts)
@@ -109,10 +115,14 @@ class Worker:
         self._drain_s = service.drain_s
         self._supervisor = Supervisor(home.path)
         self._ray = RayWorker(home=home, service=service, project=PROJECT, head=service.ray_head)
+        self._follower: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start Ray, which joins the head as soon as that is there."""
+        follower = LogFollower(self._ray.logs, write_line)
+        follower.skip_present()
         await self._supervisor.start(self._ray.spec(self._drain_s))
+        self._follower = asyncio.create_task(follower.run(), name="follow request lines")
 
     async def failed(self) -> CompAIError:
         """Never return: a worker's Ray is started again."""
@@ -121,6 +131,9 @@ class Worker:
     async def stop(self) -> None:
         """Have Ray drain this node, then end it."""
         await self._supervisor.close()
+        if self._follower is not None:
+            self._follower.cancel()
+            await asyncio.gather(self._follower, return_exceptions=True)
 
     def kill(self) -> None:
         """Kill everything at once."""
@@ -129,12 +142,16 @@ class Worker:
 
 def _needed_ports(settings: Settings) -> list[NeededPort]:
     service = settings.service
-    return [
+    needed = [
         NeededPort("COMP_AI_PORT", _ALL, service.port),
         NeededPort("COMP_AI_RAY_PORT", _ALL, service.ray_port),
         NeededPort("COMP_AI_DASHBOARD_PORT", _ALL, service.dashboard_port),
         NeededPort("COMP_AI_METRICS_PORT", _ALL, service.metrics_port),
     ]
+    if (ports := service.node_ports) is not None:
+        single = range(ports.first, ports.replicas.start)
+        needed += [NeededPort("COMP_AI_NODE_PORTS", _ALL, port) for port in single]
+    return needed
 
 
 async def run_head(settings: Settings, config: Path, console: Console) -> int:

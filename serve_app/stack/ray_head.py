@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from serve_app.errors import CompAIError
@@ -29,6 +31,9 @@ _OBJECT_STORE_BYTES = 256 * 1024 * 1024
 _LEAST_CPUS = 4
 _SESSIONS_KEPT = 3
 _STOP_S = 20.0
+# What every worker has and the head has not. What all requests need is placed by it: where the
+# head is away, nobody replaces it.
+WORKER_RESOURCE = "comp_ai_worker"
 # Another cluster of this machine must not be joined by accident.
 _DROPPED = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS")
 
@@ -38,7 +43,8 @@ class RayHead:
     """How to start the head, and where it answers.
 
     `node_address` is by what other nodes reach it; Ray finds that out where it is None.
-    `dashboard_host` is what the dashboard listens on.
+    `dashboard_host` is what the dashboard listens on. With a folder `store` the cluster and its
+    applications outlive the head: the next one on the same folder takes them over.
     """
 
     home: Home
@@ -46,6 +52,7 @@ class RayHead:
     project: Path
     node_address: str | None = _HOST
     dashboard_host: str = _HOST
+    store: Path | None = None
 
     @property
     def dashboard(self) -> str:
@@ -55,7 +62,7 @@ class RayHead:
     @property
     def logs(self) -> Path:
         """Folder of the session that runs: the workers' stdout is there."""
-        return self.home.ray_temp / "session_latest" / "logs"
+        return _logs(self.home)
 
     def spec(self, extra: Mapping[str, str]) -> ProcessSpec:
         """Return the process to supervise; `extra` goes into every replica's environment.
@@ -71,8 +78,9 @@ class RayHead:
             log=self.home.logs / "ray.log",
             env={**self.environment(os.environ), **extra},
             stop_signal=signal.SIGTERM,
-            stop_timeout_s=_STOP_S,
-            # Everything of Serve goes with the head: a new one would serve nothing.
+            stop_timeout_s=_STOP_S + self._drain_s,
+            # Without a store everything of Serve goes with the head, and with one the start
+            # that follows must deploy what is in the config by then.
             restart=False,
             # On a busy machine Ray gives up after 30 s, which cannot be set.
             attempts=3,
@@ -80,26 +88,33 @@ class RayHead:
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
         """Return the environment of the head, which its workers inherit."""
-        # When the head is told to stop, the applications are drained and gone.
-        drained = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
-        return node_environment(base, self.home, self.service, self.project) | drained
+        environment = node_environment(base, self.home, self.service, self.project)
+        drained = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": f"{self._drain_s:g}"}
+        return environment | drained | self._store_environment()
+
+    @property
+    def _drain_s(self) -> float:
+        # Without a store the applications are drained and gone when the head is told to stop.
+        return 0.0 if self.store is None else self.service.drain_s
+
+    def _store_environment(self) -> dict[str, str]:
+        if self.store is None:
+            return {}
+        # Another release of Ray does not read it: it begins anew.
+        folder = self.store / f"ray-{metadata.version('ray')}"
+        store = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder)}
+        return store | _patience(self.service)
 
     def _command(self) -> list[str]:
-        # Two fixed defaults of Ray (10001 and 52365) would meet those of another cluster.
-        client_port, agent_port = pick_free(2)
         flags: dict[str, object] = {
             **_address_flag(self.node_address),
             "port": self.service.ray_port,
-            "ray-client-server-port": client_port,
-            "dashboard-agent-listen-port": agent_port,
-            "min-worker-port": 0,
-            "max-worker-port": 0,
+            **_head_ports(self.service),
             "include-dashboard": "true",
             "dashboard-host": self.dashboard_host,
             "dashboard-port": self.service.dashboard_port,
             "metrics-export-port": self.service.metrics_port,
-            "temp-dir": self.home.ray_temp,
-            **_node_flags(),
+            **_node_flags(self.home),
         }
         return _start_command(flags, "--head")
 
@@ -112,6 +127,11 @@ class RayWorker:
     service: ServiceSettings
     project: Path
     head: str
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the session that runs: the workers' stdout is there."""
+        return _logs(self.home)
 
     def spec(self, drain_s: float) -> ProcessSpec:
         """Return the process to supervise; told to stop, it lets replicas finish for `drain_s`.
@@ -126,7 +146,7 @@ class RayWorker:
             name="ray",
             command=self._command(),
             log=self.home.logs / "ray.log",
-            env=environment | drained,
+            env=environment | drained | _patience(self.service),
             stop_timeout_s=drain_s + _STOP_S,
             # The head may not be there yet, or be away: try again until it is.
             restart=True,
@@ -137,17 +157,58 @@ class RayWorker:
             **_address_flag(self.service.node_address),
             "address": self.head,
             "metrics-export-port": self.service.metrics_port,
-            **_node_flags(),
+            **_node_ports(self.service),
+            "resources": json.dumps({WORKER_RESOURCE: 1}),
+            **_node_flags(self.home),
         }
         return _start_command(flags)
+
+
+def _patience(service: ServiceSettings) -> dict[str, str]:
+    # A node whose head is away for longer ends itself, and with it the streams on it. Ray's
+    # default is a minute: too short for a host that boots.
+    return {"RAY_gcs_rpc_server_reconnect_timeout_s": f"{service.head_away_s:.0f}"}
+
+
+def _logs(home: Home) -> Path:
+    return home.ray_temp / "session_latest" / "logs"
+
+
+def _head_ports(service: ServiceSettings) -> dict[str, object]:
+    if (ports := service.node_ports) is not None:
+        return _node_ports(service) | {"ray-client-server-port": ports.client_server}
+    # Two fixed defaults of Ray (10001 and 52365) would meet those of another cluster.
+    client_port, agent_port = pick_free(2)
+    return {
+        "ray-client-server-port": client_port,
+        "dashboard-agent-listen-port": agent_port,
+        "min-worker-port": 0,
+        "max-worker-port": 0,
+    }
+
+
+def _node_ports(service: ServiceSettings) -> dict[str, object]:
+    ports = service.node_ports
+    if ports is None:
+        return {}
+    return {
+        "node-manager-port": ports.node_manager,
+        "object-manager-port": ports.object_manager,
+        "runtime-env-agent-port": ports.runtime_env_agent,
+        "dashboard-agent-listen-port": ports.dashboard_agent,
+        "dashboard-agent-grpc-port": ports.dashboard_agent_grpc,
+        "min-worker-port": ports.workers.start,
+        "max-worker-port": ports.workers.stop - 1,
+    }
 
 
 def _address_flag(address: str | None) -> dict[str, object]:
     return {} if address is None else {"node-ip-address": address}
 
 
-def _node_flags() -> dict[str, object]:
+def _node_flags(home: Home) -> dict[str, object]:
     return {
+        "temp-dir": home.ray_temp,
         "num-cpus": max(_LEAST_CPUS, len(os.sched_getaffinity(0))),
         "object-store-memory": _OBJECT_STORE_BYTES,
         "log-style": "record",

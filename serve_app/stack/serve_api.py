@@ -111,6 +111,17 @@ class ServeApi:
         details: dict[str, Any] = response.json()
         return details
 
+    async def replicas_on(self, address: str | None) -> int:
+        """Return how many replicas run on the node at `address`.
+
+        Raises:
+            ServeAway: no answer.
+        """
+        applications = (await self.status())["applications"].values()
+        deployments = [one for app in applications for one in app["deployments"].values()]
+        replicas = [one for deployment in deployments for one in deployment["replicas"]]
+        return sum(replica["node_ip"] == address for replica in replicas)
+
     async def wait_running(self, names: list[str], timeout_s: float, say: Say) -> None:
         """Return once all these applications run; `say` gets what is waited for.
 

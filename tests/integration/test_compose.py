@@ -152,6 +152,29 @@ def test_nginx_alone_publishes_ports(stack: dict[str, Any]) -> None:
         assert publish == {"nginx"}
 
 
+def test_prometheus_finds_the_head_of_several_hosts_by_its_address() -> None:
+    services = _resolved(("monitoring", "cluster"))["services"]
+    for name in ("prometheus", "blackbox-exporter"):
+        assert services[name]["extra_hosts"] == ["comp-ai-service=10.0.0.1"]
+    given = {k: v for k, v in OWN_POSTGRES.items() if k != "COMP_AI_NODE_ADDRESS"}
+    alone = json.loads(_config(("monitoring",), given, "--format=json").stdout)["services"]
+    # There Docker knows the name.
+    assert "comp-ai-service" not in str(alone["prometheus"]["extra_hosts"])
+
+
+def test_the_nodes_of_a_cluster_agree_on_their_ports(worker: dict[str, Any]) -> None:
+    head = _resolved(("cluster",))["services"]["comp-ai-service"]["environment"]
+    node = worker["services"]["comp-ai-worker"]["environment"]
+    assert head["COMP_AI_NODE_PORTS"] == node["COMP_AI_NODE_PORTS"] == "20000-20999"
+    # On the volume, so that a head that is made anew takes the cluster over.
+    [data] = [
+        volume["target"]
+        for volume in _resolved(("cluster",))["services"]["comp-ai-service"]["volumes"]
+        if volume["source"] == "data"
+    ]
+    assert head["COMP_AI_RAY_STORE"].startswith(f"{data}/")
+
+
 def test_without_tls_only_this_host_reaches_nginx() -> None:
     [port] = _resolved(())["services"]["nginx"]["ports"]
     assert (port["host_ip"], port["published"], port["target"]) == ("127.0.0.1", "8080", 8080)

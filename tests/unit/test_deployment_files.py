@@ -33,6 +33,7 @@ FIXED = {
     "COMP_AI_RAY_PORT": "of the container's own network",
     "COMP_AI_DASHBOARD_PORT": "of the container's own network",
     "COMP_AI_METRICS_PORT": "of the container's own network",
+    "COMP_AI_RAY_STORE": "on the volume of the head of several hosts",
     "COMP_AI_ISSUER_PORT": "a container has no local issuer",
     "COMP_AI_DRAIN_S": "belongs to stop_grace_period",
     "COMP_AI_OIDC_ISSUERS": "the path of a file, to be mounted beside it",
