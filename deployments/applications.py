@@ -27,6 +27,7 @@ Applications = Mapping[str, ApplicationStatusOverview]
 
 # Shorter than it takes to start a replica, so that a state is never missed by it.
 _FRESH_S = 1.0
+_ANSWER_S = 2.0
 # A controller that restarts is back within this; until then the last reading stands.
 _STALE_S = 15.0
 
@@ -52,7 +53,7 @@ class ServedApplications:
         self._clock_s = clock_s
         self._known: Applications = {}
         self._known_at_s = float("-inf")
-        self._reading = asyncio.Lock()
+        self._asked: asyncio.Task[ServeStatus] | None = None
 
     async def get(self) -> Applications:
         """Return the applications by name.
@@ -60,9 +61,8 @@ class ServedApplications:
         Raises:
             StatusUnknown: Serve does not answer.
         """
-        async with self._reading:
-            if self._age_s() > _FRESH_S:
-                await self._refresh()
+        if self._age_s() > _FRESH_S:
+            await self._refresh()
         if self._age_s() > _STALE_S:
             raise StatusUnknown
         return self._known
@@ -71,9 +71,20 @@ class ServedApplications:
         return self._clock_s() - self._known_at_s
 
     async def _refresh(self) -> None:
+        if self._asked is None:
+            # It asks the controller and blocks for the answer, for as long as the head is away.
+            asking = asyncio.to_thread(self._read)
+            self._asked = asyncio.create_task(asking, name="read-applications")
+            self._asked.add_done_callback(self._answered)
+        # All who want to know wait for the one question, and not for ever.
+        await asyncio.wait([self._asked], timeout=_ANSWER_S)
+
+    def _answered(self, asked: asyncio.Task[ServeStatus]) -> None:
+        self._asked = None
+        if asked.cancelled():
+            return
         try:
-            # It asks the controller and blocks for the answer.
-            status = await asyncio.to_thread(self._read)
+            status = asked.result()
         except (RayError, RayServeException, ValueError) as error:
             logger.warning("no status of the applications: %s", type(error).__name__)
             return

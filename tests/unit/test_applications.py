@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from typing import Any
 
@@ -85,6 +86,28 @@ async def test_those_who_ask_at_once_share_a_reading() -> None:
 
     applications = ServedApplications(slow)
     await asyncio.gather(*(applications.get() for _ in range(5)))
+    assert served.asked == 1
+
+
+async def test_nobody_waits_for_an_answer_that_does_not_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the head of the cluster is away, the question stays open until it is back."""
+    monkeypatch.setattr("deployments.applications._ANSWER_S", 0.01)
+    served, back = Serve(GOOD), threading.Event()
+
+    def away() -> ServeStatus:
+        back.wait(30)
+        return served.status()
+
+    applications = ServedApplications(away)
+    for _ in range(3):
+        with pytest.raises(StatusUnknown):
+            await applications.get()
+    monkeypatch.setattr("deployments.applications._ANSWER_S", 30)
+    back.set()
+    assert "gateway" in await applications.get()
+    # Not one question, and one thread, for each who wanted to know.
     assert served.asked == 1
 
 
