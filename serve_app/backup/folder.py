@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from serve_app.backup.errors import BackupDamaged, BackupError
 from serve_app.backup.manifest import Manifest
 from serve_app.errors import ConfigError
-from serve_app.files import sync_folder
+from serve_app.files import sync_folder, write_whole
 
 _CHUNK_BYTES = 1024 * 1024
 
@@ -150,16 +149,3 @@ def measure(file: Path) -> tuple[int, str]:
             digest.update(chunk)
             length += len(chunk)
     return length, digest.hexdigest()
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, closed to other users, durably."""
-    half = file.with_name(f"{file.name}.partial")
-    half.unlink(missing_ok=True)
-    descriptor = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as opened:
-        opened.write(data)
-        opened.flush()
-        os.fsync(opened.fileno())
-    half.rename(file)
-    sync_folder(file.parent)

@@ -26,8 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve_app.backup.contents import query
 from serve_app.backup.errors import BackupDamaged, BackupError
-from serve_app.backup.folder import write_whole
-from serve_app.files import sync_folder
+from serve_app.files import sync_folder, write_whole
 from serve_app.records import utc_now
 
 _Tables = dict[str, list[dict[str, Any]]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from datetime import datetime
@@ -20,6 +19,7 @@ from serve_app.audit.reading import AuditFilter, AuditPage, read_page
 from serve_app.audit.verify import Verdict, read_checkpoint, verify, write_checkpoint
 from serve_app.cli.connection import connected
 from serve_app.errors import ConfigError
+from serve_app.files import write_whole
 from serve_app.settings import PostgresSettings
 from serve_app.times import parse_time
 
@@ -102,14 +102,9 @@ def _read(file: Path) -> Link:
 
 
 def _replace(file: Path, data: bytes) -> None:
-    """Write `data` to `file` so that there is always a whole one, the old or the new."""
-    new = file.with_name(f"{file.name}.new")
     try:
-        with new.open("wb") as opened:
-            opened.write(data)
-            opened.flush()
-            os.fsync(opened.fileno())
-        new.replace(file)
+        # Nothing in it is secret, and whoever verifies later may be somebody else.
+        write_whole(file, data, mode=0o666)
     except OSError as error:
         raise ConfigError("FILE", str(file), f"a file that can be written ({error})") from None
 

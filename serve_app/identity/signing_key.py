@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from serve_app.errors import ConfigError
+from serve_app.files import write_whole
 
 ALGORITHM = "ES256"
 _COORDINATE_BYTES = 32
@@ -81,18 +80,8 @@ class SigningKey:
 def create_private_file(path: Path, content: bytes) -> None:
     """Write a file that only its owner reads, whole or not at all; an existing one stays."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # A link fails where a rename would replace what another process made meanwhile.
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, path)
-    finally:
-        draft.unlink()
+    with contextlib.suppress(FileExistsError):
+        write_whole(path, content, overwrite=False)
 
 
 def _numbers(private: ec.EllipticCurvePrivateKey) -> dict[str, str]:

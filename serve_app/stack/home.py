@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.errors import CompAIError, ConfigError
+from serve_app.files import write_whole
 
 # Ray puts `/session_<date>_<time>_<micros>_<pid>/sockets/plasma_store` behind it, and a Unix
 # socket's path holds 107 bytes.
@@ -158,11 +159,4 @@ def _private_folder(folder: Path) -> None:
 
 def write_secret(path: Path, text: str) -> None:
     """Write `text` so that nobody else can read it, whole or not at all."""
-    half = path.with_name(path.name + ".new")
-    half.unlink(missing_ok=True)
-    descriptor = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    half.rename(path)
+    write_whole(path, text.encode("ascii"))

@@ -36,7 +36,7 @@ import asyncpg
 
 from serve_app.database import CONNECT_ERRORS
 from serve_app.errors import CompAIError, ConfigError
-from serve_app.files import sync_folder
+from serve_app.files import sync_folder, write_whole
 from serve_app.settings import PostgresSettings
 
 ROLE = "comp_ai"
@@ -298,9 +298,8 @@ class EmbeddedPostgres:
     def _password_file(self, name: str) -> Iterator[Path]:
         """Lend a copy of a secret that the server's user can read."""
         copy = self._folder / f"{name}.lent"
-        copy.unlink(missing_ok=True)
         try:
-            _write_private(copy, (self._folder / name).read_text(encoding="ascii"))
+            write_whole(copy, (self._folder / name).read_bytes())
             os.chown(copy, self._owner.pw_uid, self._owner.pw_gid)
             yield copy
         finally:
@@ -415,18 +414,7 @@ def _make_secret(path: Path) -> None:
     if path.exists():
         path.chmod(0o600)
         return
-    half = path.with_name(path.name + ".new")
-    half.unlink(missing_ok=True)
-    _write_private(half, secrets.token_urlsafe(32))
-    half.rename(path)
-
-
-def _write_private(path: Path, text: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(path, secrets.token_urlsafe(32).encode("ascii"))
 
 
 def _read_pid(file: Path) -> int | None:
