@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -12,6 +11,7 @@ import grpc
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
+from serve_app.backoff import Backoff
 from serve_app.errors import RequestError
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ async def until_answered(
         RequestError: the one that was raised over there; or `overloaded`, where too many wait
             for a replica; or `unavailable`, where anything else failed over there.
     """
-    pause_s = _RETRY_FIRST_S
+    backoff = Backoff(_RETRY_FIRST_S, _RETRY_MOST_S)
     while True:
         try:
             return await call()
@@ -56,8 +56,7 @@ async def until_answered(
             raise unavailable() from None
         except (RayError, RayServeException) as error:
             logger.warning("replica lost, trying again: %s", type(error).__name__)
-        await asyncio.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311
-        pause_s = min(pause_s * 2, _RETRY_MOST_S)
+        await asyncio.sleep(backoff.next_s())
 
 
 async def answers(call: Any, timeout_s: float = 5.0) -> bool:

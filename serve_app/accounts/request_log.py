@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -29,6 +28,7 @@ from serve_app.accounts.sealing.subject_keys import SubjectKeys
 from serve_app.accounts.spool import Spool, SpooledRow
 from serve_app.accounts.spool_folders import SpoolFolders
 from serve_app.accounts.spooled import SpooledForm
+from serve_app.backoff import Backoff
 from serve_app.config import Bodies
 from serve_app.database import CONNECT_ERRORS, DatabaseUnavailable, connect
 from serve_app.errors import CompAIError, LogUnavailable
@@ -119,6 +119,7 @@ class RequestLog:
         self._empty = asyncio.Event()  # nothing was left when the drain last looked
         self._hurry = asyncio.Event()  # somebody waits for the spool to empty: no backoff
         self._failures = 0
+        self._backoff = Backoff(self._config.backoff_first_s, self._config.backoff_most_s)
         self._postgres_ok = False
         self._last_write_ms: float | None = None
         self._written = 0
@@ -342,21 +343,24 @@ class RequestLog:
             )
 
     def _settled(self) -> None:
-        self._failures = 0
-        self._postgres_ok = True
+        self._note_success()
         if not self._work.is_set():  # else something came while we looked
             self._empty.set()
             if not self._adopted:
                 self._gauge(0, 0.0)
 
     def _note_write(self, seconds: float, written: int) -> None:
-        self._failures = 0
-        self._postgres_ok = True
+        self._note_success()
         self._last_write_ms = seconds * 1000
         self._written += written
         self._metrics.postgres_write_s(seconds)
         if written:
             self._metrics.rows_written(written)
+
+    def _note_success(self) -> None:
+        self._failures = 0
+        self._backoff.reset()
+        self._postgres_ok = True
 
     def _note(self, error: Exception) -> None:
         cause = error.__cause__ if isinstance(error, DatabaseUnavailable) else error
@@ -380,17 +384,14 @@ class RequestLog:
             _logger.warning(message, extra={"action": "request_log.room_again"})
 
     async def _back_off(self) -> None:
-        longest = min(
-            self._config.backoff_most_s, self._config.backoff_first_s * 2 ** min(self._failures, 16)
-        )
+        pause_s = self._backoff.next_s()
         self._failures += 1
         await self._report(at_once=True)
         if self._hurry.is_set():
             await asyncio.sleep(self._config.backoff_first_s)
             return
-        # Jitter, so that the logs of several machines do not come back all at once.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(random.uniform(longest / 2, longest)):  # noqa: S311
+            async with asyncio.timeout(pause_s):
                 await self._hurry.wait()
 
     async def _report(self, *, at_once: bool = False) -> None:
