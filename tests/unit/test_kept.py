@@ -18,6 +18,12 @@ from serve_app.errors import ConfigError, InvalidRequest
 NONE, METADATA, REDACTED, FULL = Bodies
 MODELS = [{"name": "small", "app": "model-small", "aliases": ["tiny"]}]
 
+EXCEPTIONS = {
+    "default": "none",
+    "models": {"small": "full"},
+    "roles": {"tester": "redacted", "works-council": "none"},
+}
+
 
 def policy(bodies: object) -> BodiesConfig:
     return parse_config(GatewayConfig, {"models": MODELS, "bodies": bodies}, "user_config").bodies
@@ -39,6 +45,13 @@ def policy(bodies: object) -> BodiesConfig:
         # Of several the strictest.
         ({"roles": {"a": "metadata", "b": "redacted"}}, "small", ("b", "a"), (), METADATA),
         ({"models": {"small": "full"}, "roles": {"a": "none"}}, "small", ("a",), (), NONE),
+        # The table of docs/configuration.md.
+        (EXCEPTIONS, "small", (), (), FULL),
+        (EXCEPTIONS, "big", (), (), NONE),
+        (EXCEPTIONS, "small", ("tester",), (), REDACTED),
+        (EXCEPTIONS, "big", ("tester",), (), REDACTED),
+        (EXCEPTIONS, "small", ("tester", "works-council"), (), NONE),
+        (EXCEPTIONS, "big", ("tester", "works-council"), (), NONE),
         # A key or a caller gets less, never more.
         ("full", "small", (), (REDACTED, METADATA), METADATA),
         ("full", "small", (), (None, None), FULL),
