@@ -182,6 +182,16 @@ def test_without_tls_only_this_host_reaches_nginx() -> None:
     assert {(one["published"], one["target"]) for one in ports} == {("80", 8081), ("443", 8080)}
 
 
+def test_the_head_sees_the_backups_and_may_write_their_key_ring(stack: dict[str, Any]) -> None:
+    head, backup = (stack["services"][name] for name in ("comp-ai-service", "backup"))
+    for service in (head, backup):
+        [mount] = [one for one in service["volumes"] if one["target"] == "/backups"]
+        assert (mount["source"], mount.get("read_only", False)) == ("backups", False)
+        assert service["environment"]["COMP_AI_BACKUP_PATH"] == "/backups"
+    # Files and folder are closed to other users.
+    assert head["user"] == backup["user"]
+
+
 # Keycloak's `start` builds its own code; alloy reads Docker's files, which are root's.
 WRITES = {"keycloak"}
 ROOT = {"alloy"}
