@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import timedelta
 
 import asyncpg
@@ -59,26 +61,48 @@ from (
 """
 
 
+_TABLES = ("requests", "usage_minute", "usage_hour", "usage_day")
+# Of partitioned tables; those of their partitions come and go with them.
 _INDEXES = """
-select indexrelid::regclass::text as name, pg_get_indexdef(indexrelid) as definition
-from pg_index where indrelid = 'comp_ai.requests'::regclass and not indisprimary
+select c.conname as constraint, i.relname as index,
+       coalesce(pg_get_constraintdef(c.oid), pg_get_indexdef(x.indexrelid)) as definition
+from pg_index x
+join pg_class i on i.oid = x.indexrelid
+left join pg_constraint c on c.conindid = x.indexrelid and c.conrelid = x.indrelid
+where x.indrelid = $1::text::regclass
 """
-_USAGE = """
-insert into comp_ai.{table}
-select date_trunc('{unit}', created_at, 'UTC') as bucket, {by} outcome = 'completed', count(*),
-       sum(prompt_tokens), sum(completion_tokens), sum(cost_micros), sum(duration_ms),
+_SUMS = """
+    sum(requests), sum(prompt_tokens), sum(completion_tokens), sum(cost_micros), sum(duration_ms),
+    sum(first_tokens), sum(time_to_first_token_ms)
+"""
+_MINUTES = """
+insert into comp_ai.usage_minute
+select date_trunc('minute', created_at, 'UTC'), principal_id, model,
+       coalesce(api_key_id, '00000000-0000-0000-0000-000000000000'), outcome = 'completed',
+       count(*), sum(prompt_tokens), sum(completion_tokens), sum(cost_micros), sum(duration_ms),
        count(time_to_first_token_ms), coalesce(sum(time_to_first_token_ms), 0)
 from comp_ai.requests
-group by bucket, {by} outcome = 'completed'
+group by 1, 2, 3, 4, 5
 """
-_CALLER = "principal_id, model, coalesce(api_key_id, '00000000-0000-0000-0000-000000000000'),"
-_TABLES = {
-    "usage_minute": ("minute", _CALLER),
-    "usage_hour": ("hour", _CALLER),
-    "usage_day": ("day", _CALLER),
-    "usage_hour_by_model": ("hour", "model,"),
-    "usage_day_by_model": ("day", "model,"),
-}
+_LONGER = """
+insert into comp_ai.{table}
+select date_trunc('{unit}', bucket, 'UTC'), {by}, {sums}
+from comp_ai.{of}
+group by date_trunc('{unit}', bucket, 'UTC'), {by}
+"""
+_CALLER, _MODEL = "principal_id, model, api_key_id, completed", "model, completed"
+# Each from the smallest table that has what it adds up.
+_LEVELS = (
+    ("usage_hour", "hour", _CALLER, "usage_minute"),
+    ("usage_day", "day", _CALLER, "usage_hour"),
+    ("usage_hour_by_model", "hour", _MODEL, "usage_hour"),
+    ("usage_day_by_model", "day", _MODEL, "usage_hour_by_model"),
+)
+# Sorts and groups of millions of rows in memory, and so many indexes made by two processes.
+_ROOM = """
+set local work_mem = '256MB';
+set local maintenance_work_mem = '512MB';
+"""
 
 
 async def generate(
@@ -89,22 +113,64 @@ async def generate(
     models: int = MODELS,
     months: int = MONTHS,
 ) -> None:
-    """Fill an empty database with `rows` requests and their usage, ready to be asked."""
+    """Fill an empty database with `rows` requests and their usage, ready to be asked.
+
+    Raises:
+        RuntimeError: it has requests already.
+    """
+    if await connection.fetchval("select exists (select from comp_ai.requests)"):
+        raise RuntimeError("there are requests in this database already")
     await connection.execute(_MAKE_ROOM, months)
-    indexes = await connection.fetch(_INDEXES)
-    for index in indexes:
-        await connection.execute(f"drop index {index['name']}")
+    async with connection.transaction():
+        await connection.execute(_ROOM)
+        # What a transaction writes into tables that it emptied needs no journal (with the
+        # `wal_level` minimal).
+        await connection.execute(f"truncate {', '.join(f'comp_ai.{table}' for table in _TABLES)}")
+        async with _indexed_after(connection, "requests"):
+            await _insert(connection, rows, people, models, months)
+        await _add_up(connection)
+    await _tell_the_planner(connection)
+
+
+async def _insert(
+    connection: asyncpg.Connection, rows: int, people: int, models: int, months: int
+) -> None:
+    span = timedelta(days=30 * months)
     await connection.execute("alter table comp_ai.requests disable trigger user")
     for first in range(0, rows, _CHUNK_ROWS):
-        chunk, span = min(_CHUNK_ROWS, rows - first), timedelta(days=30 * months)
+        chunk = min(_CHUNK_ROWS, rows - first)
         await connection.execute(_INSERT, first, chunk, span, people - 1, models)
     await connection.execute("alter table comp_ai.requests enable trigger user")
+
+
+async def _add_up(connection: asyncpg.Connection) -> None:
+    async with _indexed_after(connection, "usage_minute"):
+        await connection.execute(_MINUTES)
+    for table, unit, by, of in _LEVELS:
+        async with _indexed_after(connection, table):
+            await connection.execute(
+                _LONGER.format(table=table, unit=unit, by=by, of=of, sums=_SUMS)
+            )
+
+
+@asynccontextmanager
+async def _indexed_after(connection: asyncpg.Connection, table: str) -> AsyncIterator[None]:
+    """Take the indexes of `table` away, and make them again: at once, not row by row."""
+    indexes = await connection.fetch(_INDEXES, f"comp_ai.{table}")
+    for index in indexes:
+        if index["constraint"] is None:
+            await connection.execute(f"drop index comp_ai.{index['index']}")
+        else:
+            await connection.execute(
+                f"alter table comp_ai.{table} drop constraint {index['constraint']}"
+            )
+    yield
     for index in indexes:
         # As it is told of a partitioned table, it would leave the partitions out.
-        await connection.execute(index["definition"].replace(" ON ONLY ", " ON "))
-    for table, (unit, by) in _TABLES.items():
-        await connection.execute(_USAGE.format(table=table, unit=unit, by=by))
-    await _tell_the_planner(connection)
+        made = index["definition"].replace(" ON ONLY ", " ON ")
+        if index["constraint"] is not None:
+            made = f"alter table comp_ai.{table} add constraint {index['constraint']} {made}"
+        await connection.execute(made)
 
 
 async def _tell_the_planner(connection: asyncpg.Connection) -> None:

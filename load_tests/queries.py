@@ -145,7 +145,9 @@ async def _server() -> AsyncIterator[PostgresSettings]:
     process = subprocess.Popen(  # noqa: ASYNC220 - nothing else runs here
         # Filling it needs no safety, and asking is not changed by it.
         [*embedded.command(), "-c", "fsync=off", "-c", "shared_buffers=1GB",
-         "-c", "max_wal_size=8GB"],
+         "-c", "max_wal_size=8GB", "-c", "wal_level=minimal", "-c", "max_wal_senders=0",
+         # What is asked has just been vacuumed.
+         "-c", "autovacuum=off"],
         user=embedded.user, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
