@@ -35,6 +35,7 @@ _FAKE_APP: dict[str, Any] = {
             "num_replicas": 1,
             "max_ongoing_requests": 200,
             "max_queued_requests": 200,
+            "max_surge_percent": 100,
         }
     ],
 }

@@ -1,7 +1,8 @@
 """The commands, and the one place where a failure becomes a line and an exit code.
 
-Exit codes: 0 done, 1 failed or not ready, 2 wrong configuration or usage, 3 `migrate --plan`
-found something to do. What a command needs is imported when it runs, so that `--help` is quick.
+Exit codes: 0 done, 1 failed or not ready, 2 wrong configuration or usage, 3 `migrate --plan` or
+`deploy --plan` found something to do, 130 interrupted. What a command needs is imported when it
+runs, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from serve_app.cli.backup_app import app as backup_app
+from serve_app.cli.deploy_app import app as deploy_app
 from serve_app.cli.subject_app import app as subject_app
 from serve_app.errors import CompAIError, ConfigError
 
@@ -45,6 +47,7 @@ app.add_typer(audit_app, name="audit", no_args_is_help=True)
 app.add_typer(subject_app, name="subject", no_args_is_help=True)
 app.add_typer(log_app, name="log", no_args_is_help=True)
 app.add_typer(backup_app, name="backup", no_args_is_help=True)
+app.add_typer(deploy_app)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

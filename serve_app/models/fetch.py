@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,3 +200,9 @@ RECIPES: Final[dict[str, Recipe]] = {
         note="copying all-MiniLM-L6-v2 (once)",
     ),
 }
+
+
+def packaged(config: Mapping[str, Any]) -> list[str]:
+    """Return the models of a Serve config whose weights come as packages."""
+    weights = [(app.get("args") or {}).get("weights") for app in config["applications"]]
+    return [name for name in RECIPES if name in weights]

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from serve_app.models.fetch import RECIPES
+from serve_app.models.fetch import packaged
 from serve_app.stack.logs import LogFollower, write_line
 from serve_app.stack.processes import Supervisor
 from serve_app.stack.progress import Parts
@@ -40,8 +40,7 @@ class Cluster:
     @property
     def packaged_models(self) -> list[str]:
         """Models of the config whose weights come as packages."""
-        weights = [(a.get("args") or {}).get("weights") for a in self._config["applications"]]
-        return [name for name in RECIPES if name in weights]
+        return packaged(self._config)
 
     async def start(self, environment: Mapping[str, str]) -> None:
         """Start the head; `environment` goes into every replica.

@@ -1,7 +1,9 @@
 """The data folder of one installation, and the lock that keeps two `up` out of it.
 
 <home>/run/up.lock      held while `comp-ai up` runs; holds its process id
+<home>/run/deploy.lock  held while a deployment is under way
 <home>/run/ray-token    the token of the local Ray cluster
+<home>/deployments/     what was deployed, see serve_app.deploy.history
 <home>/first-key        the API key that the first start made
 <home>/keys/master.key  the master keys, unless the settings name others
 <home>/logs/            one file for each child process
@@ -19,7 +21,7 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,16 @@ class Home:
     def run(self) -> Path:
         """Folder of what is only good while `up` runs, and of the cluster token."""
         return self.path / "run"
+
+    @property
+    def deploy_lock(self) -> Path:
+        """File that a deployment holds."""
+        return self.run / "deploy.lock"
+
+    @property
+    def deployments(self) -> Path:
+        """Folder of what was deployed."""
+        return self.path / "deployments"
 
     @property
     def issuer(self) -> Path:
@@ -107,21 +119,15 @@ class Home:
         Raises:
             AlreadyRunning: another process holds it; names it.
         """
-        path = self.run / "up.lock"
-        with path.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise AlreadyRunning(
-                    f"`comp-ai up` already runs on {self.path} (process {file.read().strip()}). "
-                    "Stop it, or set COMP_AI_HOME to another folder."
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+
+        def refusal(pid: str) -> AlreadyRunning:
+            return AlreadyRunning(
+                f"`comp-ai up` already runs on {self.path} (process {pid}). "
+                "Stop it, or set COMP_AI_HOME to another folder."
+            )
+
+        with held(self.run / "up.lock", refusal):
             yield
-            file.truncate(0)
 
     def running_pid(self) -> int | None:
         """Return the process id of the `up` that holds this folder, or None."""
@@ -146,6 +152,26 @@ class Home:
         token = secrets.token_hex(32)
         write_secret(self.ray_token, token)
         return token
+
+
+@contextmanager
+def held(path: Path, refusal: Callable[[str], CompAIError]) -> Iterator[None]:
+    """Hold the lock file `path` for this process.
+
+    Raises:
+        CompAIError: another process holds it: what `refusal` makes of its process id.
+    """
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise refusal(file.read().strip()) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+        file.truncate(0)
 
 
 def _private_folder(folder: Path) -> None:

@@ -43,6 +43,11 @@ def read_config(path: Path, *, port: int, host: str = "127.0.0.1") -> dict[str, 
         raise ConfigError("--config", str(path), f"a Serve config YAML ({why})") from error
     if not isinstance(config, dict) or not isinstance(config.get("applications"), list):
         raise ConfigError("--config", str(path), "a Serve config YAML with `applications`")
+    return listening(config, port=port, host=host)
+
+
+def listening(config: dict[str, Any], *, port: int, host: str) -> dict[str, Any]:
+    """Return `config` with the HTTP proxies at this address."""
     options = config.get("http_options") or {}
     return config | {"http_options": options | {"host": host, "port": port}}
 

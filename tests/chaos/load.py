@@ -47,15 +47,19 @@ class Wishes:
     """What the clients ask for.
 
     Args:
+        clients: how many ask at once.
         tokens: fewest and most tokens of an answer.
         streams: whether every other client streams.
         leaving: which part of the streams is left in the middle.
+        pause_s: how long a client waits from an answer to its next question.
     """
 
     model: str = FAKE_MODEL
+    clients: int = CLIENTS
     tokens: tuple[int, int] = (20, 20)
     streams: bool = True
     leaving: float = 0.0
+    pause_s: float = 0.0
 
 
 class Load:
@@ -81,7 +85,8 @@ class Load:
         async with httpx.AsyncClient(
             base_url=self._url, headers=self._headers, timeout=60, trust_env=False
         ) as http:
-            await asyncio.gather(*(self._client(http, number) for number in range(CLIENTS)))
+            numbers = range(self._wishes.clients)
+            await asyncio.gather(*(self._client(http, number) for number in numbers))
 
     def stop(self) -> None:
         """Let every client finish its request, then end."""
@@ -103,9 +108,9 @@ class Load:
                 await self._ask(http, request_id, rng, stream=stream)
             except httpx.HTTPError as error:
                 self.seen.failed[request_id] = type(error).__name__
-            if request_id in self.seen.failed:
-                # A client that is refused tries again a little later.
-                await asyncio.sleep(_RETRY_S)
+            # A client that is refused tries again a little later.
+            failed = request_id in self.seen.failed
+            await asyncio.sleep(max(_RETRY_S * failed, self._wishes.pause_s))
 
     async def _ask(
         self, http: httpx.AsyncClient, request_id: str, rng: random.Random, *, stream: bool

@@ -84,6 +84,20 @@ def test_the_gateway_outlives_its_longest_stream(raw: dict[str, Any]) -> None:
     assert gateway["graceful_shutdown_timeout_s"] > deadline_s
 
 
+def test_an_update_leaves_a_gateway_and_a_log_that_serve(raw: dict[str, Any]) -> None:
+    for name in ("Gateway", "RequestLog"):
+        deployment = _deployment(_apps(raw)["gateway"], name)
+        surge = deployment.get("max_surge_percent", 0)
+        assert surge > 0 or deployment["num_replicas"] > 1
+        # A node that may have one of them has no room for two.
+        assert not (surge and deployment.get("max_replicas_per_node"))
+
+
+def test_the_limits_are_never_kept_twice(raw: dict[str, Any]) -> None:
+    limits = _deployment(_apps(raw)["gateway"], "Limits")
+    assert (limits["num_replicas"], limits.get("max_surge_percent", 0)) == (1, 0)
+
+
 def test_serve_itself_sets_no_time_limit(raw: dict[str, Any]) -> None:
     assert raw["http_options"]["request_timeout_s"] is None
 

@@ -1,0 +1,1 @@
+"""Changing what runs: plan, deploy, wait, look, and go back by itself where it fails."""
