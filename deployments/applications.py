@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from ray import serve
 from ray.exceptions import RayError
@@ -41,7 +42,8 @@ class ServedApplications:
 
     A reading can fail while all is well: Serve reports no applications at all when its
     controller could not be looked up, and what it reports is sometimes not valid by its own
-    schema while it changes. Such a reading is dropped.
+    schema while it changes. Such a reading is dropped. And while an application is built anew,
+    or where that failed, Serve does not speak of its deployments, which go on as they are.
     """
 
     def __init__(
@@ -92,18 +94,32 @@ class ServedApplications:
             # We run inside one of them, so there is one at least.
             logger.warning("no status of the applications: empty")
             return
-        self._known, self._known_at_s = status.applications, self._clock_s()
+        self._known = {
+            name: _completed(app, self._known.get(name))
+            for name, app in status.applications.items()
+        }
+        self._known_at_s = self._clock_s()
+
+
+def _completed(
+    app: ApplicationStatusOverview, before: ApplicationStatusOverview | None
+) -> ApplicationStatusOverview:
+    """Return `app` with the deployments that it had, where nothing is said of them."""
+    built = (ApplicationStatus.DEPLOYING, ApplicationStatus.DEPLOY_FAILED)
+    if before is None or app.deployments or app.status not in built:
+        return app
+    return replace(app, deployments=before.deployments)
 
 
 def state_of(app: ApplicationStatusOverview | None) -> ModelState:
     """Return how a model is whose application Serve describes so; None is none."""
     if app is None or app.status is ApplicationStatus.DELETING:
         return ModelState.ABSENT
-    if app.status is ApplicationStatus.DEPLOY_FAILED:
-        return ModelState.FAILED
-    # While it is being built, an application has no deployments yet.
+    # While it is built for the first time, an application has no deployments yet. One that
+    # failed later may go on as it was.
     if not app.deployments:
-        return ModelState.STARTING
+        failed = app.status is ApplicationStatus.DEPLOY_FAILED
+        return ModelState.FAILED if failed else ModelState.STARTING
     states = {_state_of(deployment) for deployment in app.deployments.values()}
     return max(states, key=_FROM_BEST_TO_WORST.index)
 

@@ -92,7 +92,10 @@ class RayModelPool:
                 # It asks the controller and blocks for the answer.
                 handle = await asyncio.to_thread(serve.get_app_handle, model.app)
             except RayServeException as error:
-                raise ModelNotReady(f"`{model.name}` is not deployed now.") from error
+                if await self.state(model) in (ModelState.FAILED, ModelState.ABSENT):
+                    raise ModelNotReady(f"`{model.name}` is not deployed now.") from error
+                # It is being built, and Serve does not say yet what it will be called.
+                raise
             # Another request may have been as fast.
             self._handles.setdefault(model.app, _Handle(handle.options(stream=True)))
         return self._handles[model.app]

@@ -133,6 +133,19 @@ _WAKES = _deployment(DeploymentStatus.UPSCALING, STARTING=1)
 _ILL = _deployment(DeploymentStatus.UNHEALTHY, STARTING=1)
 
 
+@pytest.mark.parametrize("status", [ApplicationStatus.DEPLOYING, ApplicationStatus.DEPLOY_FAILED])
+async def test_what_is_built_anew_goes_on_meanwhile(status: ApplicationStatus) -> None:
+    clock = Clock()
+    running = ServeStatus(applications={"m": _app(ApplicationStatus.RUNNING, _RUNS)})
+    served = Serve(running, ServeStatus(applications={"m": _app(status)}))
+    applications = ServedApplications(served.status, clock)
+    for _ in range(3):
+        assert state_of((await applications.get())["m"]) is ModelState.SERVING
+        clock.now_s += 5
+    served.answers = [ServeStatus(applications={"m": _app(ApplicationStatus.DELETING)})]
+    assert state_of((await applications.get())["m"]) is ModelState.ABSENT
+
+
 @pytest.mark.parametrize(
     ("app", "state"),
     [
@@ -140,6 +153,18 @@ _ILL = _deployment(DeploymentStatus.UNHEALTHY, STARTING=1)
         (_app(ApplicationStatus.DELETING, _RUNS), ModelState.ABSENT),
         (_app(ApplicationStatus.DEPLOY_FAILED), ModelState.FAILED),
         (_app(ApplicationStatus.DEPLOYING), ModelState.STARTING),
+        # The replicas of before go on.
+        (
+            _app(
+                ApplicationStatus.DEPLOY_FAILED,
+                _deployment(DeploymentStatus.DEPLOY_FAILED, RUNNING=1),
+            ),
+            ModelState.SERVING,
+        ),
+        (
+            _app(ApplicationStatus.DEPLOY_FAILED, _deployment(DeploymentStatus.DEPLOY_FAILED)),
+            ModelState.FAILED,
+        ),
         (_app(ApplicationStatus.RUNNING, _RUNS), ModelState.SERVING),
         (_app(ApplicationStatus.RUNNING, _SLEEPS), ModelState.ASLEEP),
         (_app(ApplicationStatus.RUNNING, _WAKES), ModelState.STARTING),
