@@ -13,6 +13,7 @@ from deployments.counts_teller import CountsTeller
 from serve_app.contracts import LeaseGrant, LeaseHint
 from serve_app.engine_counters import EngineCounters
 from serve_app.replica import Abort, LeaseBook, LeaseDoor, ReplicaServer
+from serve_app.scaling.readings import FirstTokens, LoadReadings
 from serve_app.settings import load_settings
 
 
@@ -24,7 +25,9 @@ class Leasing:
     async def open_door(self, app: ASGIApp, abort: Abort) -> None:
         """Serve `app` behind a lease door on this node. Raises OSError if it cannot bind."""
         self._leases = LeaseBook()
-        door = LeaseDoor(app, self._leases, abort)
+        first_tokens = FirstTokens()
+        self._load = LoadReadings(first_tokens)
+        door = LeaseDoor(app, self._leases, abort, first_tokens)
         ports = load_settings().service.node_ports
         self._http = ReplicaServer(
             door, ray.util.get_node_ip_address(), ports.replicas if ports is not None else ()
@@ -42,6 +45,10 @@ class Leasing:
     async def engine_counters(self) -> EngineCounters:
         """Return what the engine of this replica counted since it started."""
         raise NotImplementedError
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve every few seconds: return what `deployments.scaling` decides by."""
+        return self._load.read(await self.engine_counters())
 
     async def lease(self, _hint: LeaseHint) -> AsyncIterator[LeaseGrant]:
         """Yield a grant once, then hold it until Ray cancels this call.

@@ -13,6 +13,7 @@ import hmac
 import os
 import secrets
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from dataclasses import dataclass, field
 import orjson
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.scaling.readings import FirstTokens
 
 LEASE_HEADER = "x-comp-ai-lease"
 REQUEST_ID_HEADER = "x-request-id"
@@ -87,10 +90,13 @@ class LeaseDoor:
     good order, so that its stream still closes with the usage of what was generated.
     """
 
-    def __init__(self, app: ASGIApp, book: LeaseBook, abort: Abort) -> None:
+    def __init__(
+        self, app: ASGIApp, book: LeaseBook, abort: Abort, first_tokens: FirstTokens
+    ) -> None:
         self._app = app
         self._book = book
         self._abort = abort
+        self._first_tokens = first_tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one HTTP request; see the class."""
@@ -115,7 +121,8 @@ class LeaseDoor:
         slot.request_id = headers.get(REQUEST_ID_HEADER, b"").decode("latin-1")
         # A task of its own, so that the end of the lease stops the engine's request even
         # where the app waits for the next token and would not notice a closed connection.
-        slot.task = asyncio.create_task(self._run(scope, _stoppable(receive, slot), send))
+        timed = _timed(send, self._first_tokens)
+        slot.task = asyncio.create_task(self._run(scope, _stoppable(receive, slot), timed))
         try:
             await asyncio.wait([slot.task])
         finally:
@@ -141,6 +148,22 @@ def _stoppable(receive: Receive, slot: Slot) -> Receive:
             stopping.cancel()
 
     return receive_or_stop
+
+
+def _timed(send: Send, first_tokens: FirstTokens) -> Send:
+    """Return a `send` that notes the first part of a body, which is the first token's."""
+    came_s = time.monotonic()
+    noted = False
+
+    async def send_and_note(message: Message) -> None:
+        nonlocal noted
+        if not noted and message["type"] == "http.response.body":
+            noted = True
+            streams = message.get("more_body", False)
+            first_tokens.note(time.monotonic() - came_s if streams else None)
+        await send(message)
+
+    return send_and_note
 
 
 async def _refuse(send: Send, status: int, message: str) -> None:

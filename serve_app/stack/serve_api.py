@@ -12,6 +12,7 @@ import httpx
 import yaml
 
 from serve_app.errors import CompAIError, ConfigError
+from serve_app.scaling.targets import check_scaling
 
 _APPLICATIONS = "/api/serve/applications/"
 _VERSION = "/api/ray/version"
@@ -34,7 +35,8 @@ def read_config(path: Path, *, port: int, host: str = "127.0.0.1") -> dict[str, 
     """Read a Serve config YAML; where the HTTP proxy listens is ours to say, behind nginx.
 
     Raises:
-        ConfigError: the file cannot be read or is not a Serve config.
+        ConfigError: the file cannot be read or is not a Serve config, or the targets of its
+            autoscaling are wrong.
     """
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -43,6 +45,7 @@ def read_config(path: Path, *, port: int, host: str = "127.0.0.1") -> dict[str, 
         raise ConfigError("--config", str(path), f"a Serve config YAML ({why})") from error
     if not isinstance(config, dict) or not isinstance(config.get("applications"), list):
         raise ConfigError("--config", str(path), "a Serve config YAML with `applications`")
+    check_scaling(config["applications"])
     return listening(config, port=port, host=host)
 
 

@@ -52,6 +52,7 @@ from serve_app.read_pool import ReadPool, build_read_pool
 from serve_app.records import PrincipalKind, RequestRecord
 from serve_app.replica import LeaseBook, LeaseDoor, ReplicaServer, Slot
 from serve_app.request_line import RequestLines
+from serve_app.scaling.readings import FirstTokens
 from serve_app.settings import PostgresSettings, load_settings
 from tests.sealing import MASTERS
 
@@ -107,7 +108,7 @@ class FakeReplica:
         # Passed by a request that is through the door, before the engine sees it.
         self.gate = Gate()
         self._app = app or self.engine.app()
-        door = LeaseDoor(self._behind_the_gate, self.leases, self._abort)
+        door = LeaseDoor(self._behind_the_gate, self.leases, self._abort, FirstTokens())
         self.server = ReplicaServer(door, HOST)
 
     async def _behind_the_gate(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.options import ModelArgs
 from serve_app.config import GatewayConfig, parse_config
+from serve_app.scaling.targets import POLICY, check_scaling
 from serve_app.settings import load_settings
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -76,6 +78,19 @@ def test_models_have_bounded_queues_and_autoscaling(raw: dict[str, Any]) -> None
         assert deployment["max_ongoing_requests"] > 0
         assert deployment["max_queued_requests"] > 0
         assert deployment["autoscaling_config"]["target_ongoing_requests"] > 0
+
+
+def test_models_with_several_replicas_are_scaled_by_what_people_wait_for(
+    raw: dict[str, Any],
+) -> None:
+    check_scaling(raw["applications"])
+    for app in raw["applications"]:
+        for deployment in app["deployments"]:
+            scaling = deployment.get("autoscaling_config") or {}
+            if scaling.get("max_replicas", 1) > 1:
+                config = AutoscalingConfig(**scaling)
+                assert config.policy.policy_function == POLICY
+                config.policy.get_policy()(**config.policy.policy_kwargs)
 
 
 def test_the_gateway_outlives_its_longest_stream(raw: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from serve_app.completions.kinds import ENDPOINTS
 from serve_app.config import GatewayConfig
 from serve_app.http_app import create_app
 from serve_app.identity.issuers_file import FurtherIssuer
+from serve_app.scaling.targets import ScalingTargets
 from serve_app.settings import GROUPS
 from serve_app.stack import nginx
 
@@ -88,6 +89,7 @@ DOCUMENTED = [
     ModelArgs,
     AdapterArgs,
     RequestLogOptions,
+    ScalingTargets,
 ]
 
 

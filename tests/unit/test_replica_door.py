@@ -16,6 +16,7 @@ from serve_app.replica import (
     LeaseDoor,
     Slot,
 )
+from serve_app.scaling.readings import FirstTokens
 
 PATH = "/v1/completions"
 
@@ -51,7 +52,8 @@ class Door:
         self.app = App()
         self.book = LeaseBook()
         self.aborted: list[Slot] = []
-        self._door = LeaseDoor(self.app, self.book, self._abort)
+        self.first_tokens = FirstTokens()
+        self._door = LeaseDoor(self.app, self.book, self._abort, self.first_tokens)
 
     async def _abort(self, slot: Slot) -> None:
         self.aborted.append(slot)
@@ -171,7 +173,7 @@ async def test_app_that_looks_learns_that_its_client_is_gone(door: Door) -> None
         door.app.entered.set()
         seen.append((await receive())["type"])
 
-    door._door = LeaseDoor(app, door.book, door._abort)
+    door._door = LeaseDoor(app, door.book, door._abort, door.first_tokens)
     async with door.book.lease() as slot:
         serving = asyncio.create_task(door.knock(slot.token))
         await door.app.entered.wait()
@@ -193,3 +195,21 @@ async def test_only_http_is_served(door: Door) -> None:
         headers = [(LEASE_HEADER.encode(), slot.token.encode())]
         await door._door({"type": "websocket", "path": PATH, "headers": headers}, None, None)  # type: ignore[arg-type]
     assert not door.app.entered.is_set()
+
+
+async def test_first_part_of_a_stream_is_timed_and_a_whole_answer_only_counted(door: Door) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for more in (True, True, False):
+            await send({"type": "http.response.body", "body": b"w", "more_body": more})
+
+    noted: list[float | None] = []
+    door.first_tokens.note = noted.append  # type: ignore[method-assign]
+    door.app.go.set()
+    async with door.book.lease() as slot:
+        await door.knock(slot.token)
+    door._door = LeaseDoor(app, door.book, door._abort, door.first_tokens)
+    async with door.book.lease() as slot:
+        assert await door.knock(slot.token) == (200, b"www")
+    assert noted[0] is None
+    assert [after_s is not None and after_s >= 0 for after_s in noted[1:]] == [True]
