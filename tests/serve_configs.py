@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from serve_app.scaling.targets import POLICY
+
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 REAL_MODEL = "smollm2-135m-instruct"
 EMBEDDING_MODEL = "all-minilm-l6-v2"
@@ -51,13 +53,18 @@ _COLD_APP: dict[str, Any] = {
             "autoscaling_config": {
                 "min_replicas": 0,
                 "initial_replicas": 0,
-                "max_replicas": 1,
+                "max_replicas": 2,
                 "target_ongoing_requests": 100,
                 "upscale_delay_s": 0,
                 "downscale_delay_s": 1,
                 "downscale_to_zero_delay_s": 1,
                 "look_back_period_s": 1,
                 "metrics_interval_s": 0.5,
+                # Less than the fake engine takes.
+                "policy": {
+                    "policy_function": POLICY,
+                    "policy_kwargs": {"time_to_first_token_s": 0.01},
+                },
             },
             "graceful_shutdown_timeout_s": 5,
         }

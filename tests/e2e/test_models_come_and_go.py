@@ -1,4 +1,4 @@
-"""Models that are scaled to zero."""
+"""Models that are scaled by our policy: to zero, back, and by their time to first token."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from tests.stack_runner import RunningStack, wait_until
 _START_S = 60.0
 
 
-def _ask(stack: RunningStack, model: str) -> httpx.Response:
-    body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+def _ask(stack: RunningStack, model: str, **more: object) -> httpx.Response:
+    messages = [{"role": "user", "content": "Hi"}]
+    body = {"model": model, "messages": messages, "max_tokens": 3, **more}
     url = f"{stack.url}/v1/chat/completions"
     return httpx.post(url, headers=stack.bootstrap, json=body, timeout=2 * _START_S)
 
@@ -55,3 +56,14 @@ def test_a_model_that_is_not_waited_for_is_refused_and_started(stack: RunningSta
     print(f"cold start: {time.monotonic() - begun_s:.1f} s")
     _asleep(stack)
     wait_until(stack.ready, "ready", _START_S)
+
+
+def test_slow_first_tokens_start_another_replica(stack: RunningStack) -> None:
+    def two_replicas() -> bool:
+        # More than ten, as fewer say nothing of the load. One at a time, so by their number one
+        # replica would do.
+        for _ in range(12):
+            assert _ask(stack, COLD_MODEL, stream=True).status_code == 200
+        return len(stack.replicas(f"Model:{COLD_MODEL}")) == 2
+
+    wait_until(two_replicas, "a second replica", _START_S)
