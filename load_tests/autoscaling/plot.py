@@ -1,0 +1,70 @@
+"""The picture: one day, and what each policy costs and yields."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+# The same picture is the same file.
+matplotlib.rcParams.update({"svg.hashsalt": "comp-ai", "svg.fonttype": "none", "font.size": 9})
+
+from matplotlib import pyplot  # noqa: E402
+
+from load_tests.autoscaling.simulation import Day  # noqa: E402
+from load_tests.autoscaling.trace import Request, rate_per_s  # noqa: E402
+
+_EVERY_S = 120.0
+_OURS, _RAYS = "#1b7f5c", "#b4552d"
+
+
+def draw(
+    requests: list[Request],
+    days: dict[str, Day],
+    medians: dict[str, dict[str, float]],
+    path: Path,
+) -> None:
+    """Write the picture of a day and of the medians of all days to `path`, an SVG."""
+    figure, axes = pyplot.subplots(3, 1, figsize=(8, 9), height_ratios=(1, 1.3, 1.7))
+    _draw_requests(axes[0], requests)
+    _draw_replicas(axes[1], days)
+    _draw_medians(axes[2], medians)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _draw_requests(axes: pyplot.Axes, requests: list[Request]) -> None:
+    rates = rate_per_s(requests, _EVERY_S)
+    hours = [index * _EVERY_S / 3600 for index in range(len(rates))]
+    axes.fill_between(hours, rates, color="#9aa7b0", step="post")
+    axes.set(xlim=(0, 24), ylabel="requests a second", title="One of the days")
+
+
+def _draw_replicas(axes: pyplot.Axes, days: dict[str, Day]) -> None:
+    for name, day in days.items():
+        every = int(_EVERY_S / day.decide_every_s / 4)
+        replicas = day.replicas[::every]
+        hours = [index * every * day.decide_every_s / 3600 for index in range(len(replicas))]
+        axes.step(hours, replicas, where="post", color=_color(name), label=name, linewidth=1.2)
+    axes.set(xlim=(0, 24), xlabel="hour", ylabel="replicas", ylim=(0, None))
+    axes.legend(loc="upper left")
+
+
+def _draw_medians(axes: pyplot.Axes, medians: dict[str, dict[str, float]]) -> None:
+    for name, row in medians.items():
+        at = (row["replica_hours"], row["late_percent"])
+        axes.plot(*at, "o", color=_color(name))
+        axes.annotate(name, at, xytext=(6, 4), textcoords="offset points")
+    axes.set(
+        yscale="log",
+        xlabel="replica hours a day",
+        ylabel="first tokens that are late, %",
+        title="All days: down and left is better",
+    )
+    axes.margins(x=0.25, y=0.15)
+    axes.grid(which="both", alpha=0.3)
+
+
+def _color(name: str) -> str:
+    return _OURS if name.startswith("ours") else _RAYS
