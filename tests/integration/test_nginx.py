@@ -24,6 +24,7 @@ from serve_app.stack.ports import pick_free
 
 PREFIX = "/api/v1/comp-ai"
 CHUNK_INTERVAL_S = 0.3
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
 @dataclass
@@ -262,6 +263,7 @@ def test_only_the_headers_of_the_list_reach_the_gateway(door: Any, upstream: Any
         "x-ray-authorization": "Bearer x",
         "cookie": "session=1",
         "forwarded": "for=1.2.3.4",
+        "tracestate": "vendor=1",
     }
     door().post(
         "/v1/chat/completions",
@@ -270,7 +272,7 @@ def test_only_the_headers_of_the_list_reach_the_gateway(door: Any, upstream: Any
             **forbidden,
             "authorization": "Bearer key",
             "content-type": "application/json",
-            "traceparent": "00-1-1-01",
+            "traceparent": f"00-{TRACE}-00f067aa0ba902b7-01",
             "idempotency-key": "8e03978e",
             "x-comp-ai-server-timing": "trailer",
             "x-forwarded-for": "1.2.3.4",
@@ -283,12 +285,35 @@ def test_only_the_headers_of_the_list_reach_the_gateway(door: Any, upstream: Any
     assert seen["body"] == b'{"a": 1}'
     assert seen["headers"]["authorization"] == "Bearer key"
     assert seen["headers"]["content-type"] == "application/json"
-    assert seen["headers"]["traceparent"] == "00-1-1-01"
+    assert seen["headers"]["traceparent"] == f"00-{TRACE}-00f067aa0ba902b7-01"
     assert seen["headers"]["idempotency-key"] == "8e03978e"
     assert seen["headers"]["x-comp-ai-server-timing"] == "trailer"
     for name in ("x-forwarded-for", "x-real-ip"):
         assert seen["headers"][name] == "127.0.0.1"
     assert seen["headers"]["x-forwarded-proto"] == "http"
+
+
+@pytest.mark.parametrize(
+    "given", [None, "00-1-1-01", f"01-{'4' * 32}-{'5' * 16}-01", f"00-{'0' * 32}-{'5' * 16}-01"]
+)
+def test_a_request_without_a_trace_gets_one_by_its_id(
+    door: Any, upstream: Any, tmp_path: Path, given: str | None
+) -> None:
+    headers = {} if given is None else {"traceparent": given}
+    http = door()
+    request_id = http.get("/v1/models", headers=headers).headers["x-request-id"]
+    [seen] = upstream[0].seen
+    assert seen["headers"]["traceparent"] == f"00-{request_id}-{request_id[:16]}-00"
+    _wait_until(lambda: (tmp_path / "access.log").read_text() != "")
+    [line] = (tmp_path / "access.log").read_text().splitlines()
+    assert (json.loads(line)["trace_id"], json.loads(line)["request_id"]) == (request_id,) * 2
+
+
+def test_a_trace_of_the_clients_is_the_one_that_is_logged(door: Any, tmp_path: Path) -> None:
+    http = door()
+    http.get("/v1/models", headers={"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"})
+    _wait_until(lambda: (tmp_path / "access.log").read_text() != "")
+    assert json.loads((tmp_path / "access.log").read_text())["trace_id"] == TRACE
 
 
 def test_a_trusted_proxy_may_say_who_asks(door: Any, upstream: Any) -> None:
