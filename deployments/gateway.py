@@ -19,12 +19,13 @@ from deployments.metrics import RayBatchMetrics, RayGatewayMetrics
 from deployments.options import RequestLogOptions
 from deployments.request_log import RequestLog
 from deployments.seams import RayLimitKeeper, RayModelPool, RayRecordSink
+from deployments.tracing import replica_sink
 from serve_app.accounts.sealing.master_keys import MasterKeys
 from serve_app.audit.policy import PolicyJournal
 from serve_app.batches.runner import BatchRunner
 from serve_app.completions import gateway
 from serve_app.completions.body import Defaults
-from serve_app.completions.parts import Parts
+from serve_app.completions.parts import Parts, Tracing
 from serve_app.completions.upstream import new_session
 from serve_app.config import Bodies, GatewayConfig, WhenLogFull, parse_config
 from serve_app.errors import ConfigError
@@ -35,8 +36,10 @@ from serve_app.log_setup import log_as_json
 from serve_app.queueing.pool import QueuedPool
 from serve_app.read_pool import build_read_pool
 from serve_app.request_line import RequestLines
-from serve_app.settings import load_settings
+from serve_app.settings import TracingSettings, load_settings
 from serve_app.stored.sweeper import Sweeper
+from serve_app.tracing.sampling import Sampling
+from serve_app.tracing.spans import SpanSink
 
 
 class GatewayArgs(BaseModel):
@@ -53,6 +56,12 @@ def build(args: dict[str, Any]) -> Application:
     """Build the gateway's Serve application. Raises ConfigError where `args` are wrong."""
     options = parse_config(GatewayArgs, args, "args").request_log
     return _bind(Gateway, _bind(Limits), _bind(RequestLog, options.model_dump()))
+
+
+def _tracing(settings: TracingSettings, sink: SpanSink | None) -> Tracing | None:
+    if sink is None:
+        return None
+    return Tracing(sampling=Sampling(settings.ratio, settings.trust_parents), sink=sink)
 
 
 def _bind(deployment: Any, *args: Any) -> Application:
@@ -88,6 +97,7 @@ class Gateway:
         self._models = QueuedPool(RayModelPool(), metrics)
         self._models.start()
         self._masters = MasterKeys.of(settings.sealing)
+        self._spans = replica_sink(settings.tracing, "gateway")
         self._parts = Parts(
             authenticator=self._authenticator,
             limits=self._limits,
@@ -104,6 +114,7 @@ class Gateway:
             reports=build_read_pool(settings.postgres, application_name="comp-ai-reports"),
             defaults=Defaults(settings.service.max_tokens, settings.service.temperature),
             masters=self._masters,
+            tracing=_tracing(settings.tracing, self._spans),
         )
         self._sweeper = Sweeper(self._parts.database)
         self._sweeper.start()
@@ -143,6 +154,8 @@ class Gateway:
         await self._limits.close()
         await self._log.close()
         await self._authenticator.close()
+        if self._spans is not None:
+            await self._spans.close()
 
     def _configured(self) -> gateway.Gateway:
         if self._gateway is None:

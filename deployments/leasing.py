@@ -10,25 +10,31 @@ from ray import serve
 from starlette.types import ASGIApp
 
 from deployments.counts_teller import CountsTeller
+from deployments.tracing import replica_sink
 from serve_app.contracts import LeaseGrant, LeaseHint
 from serve_app.engine_counters import EngineCounters
 from serve_app.replica import Abort, LeaseBook, LeaseDoor, ReplicaServer
 from serve_app.scaling.readings import FirstTokens, LoadReadings
 from serve_app.settings import load_settings
+from serve_app.tracing.replica import TracedApp
+from serve_app.tracing.spans import SpanSink
 
 
 class Leasing:
     """Mixin of a deployment class that serves an ASGI app under leases."""
 
     _teller: CountsTeller | None = None
+    _spans: SpanSink | None = None
 
     async def open_door(self, app: ASGIApp, abort: Abort) -> None:
         """Serve `app` behind a lease door on this node. Raises OSError if it cannot bind."""
         self._leases = LeaseBook()
         first_tokens = FirstTokens()
         self._load = LoadReadings(first_tokens)
-        door = LeaseDoor(app, self._leases, abort, first_tokens)
-        ports = load_settings().service.node_ports
+        settings = load_settings()
+        self._spans = replica_sink(settings.tracing, "model")
+        door = LeaseDoor(self._traced(app), self._leases, abort, first_tokens)
+        ports = settings.service.node_ports
         self._http = ReplicaServer(
             door, ray.util.get_node_ip_address(), ports.replicas if ports is not None else ()
         )
@@ -41,6 +47,14 @@ class Leasing:
         # There is none where the start failed.
         if self._teller is not None:
             await self._teller.close()
+        if self._spans is not None:
+            await self._spans.close()
+
+    def _traced(self, app: ASGIApp) -> ASGIApp:
+        if self._spans is None:
+            return app
+        said = {"comp_ai.replica_id": replica_id(), "comp_ai.model": model_name()}
+        return TracedApp(app, self._spans, said)
 
     async def engine_counters(self) -> EngineCounters:
         """Return what the engine of this replica counted since it started."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +20,7 @@ from serve_app.engine_watch import EngineStuck, EngineWatch
 from serve_app.errors import ModelNotReady
 from serve_app.models.weights import adapter_rank, find_adapter, find_weights
 from serve_app.replica import Slot
-from serve_app.settings import load_settings
+from serve_app.settings import TracingSettings, load_settings
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -44,17 +45,34 @@ def llm_config(model: ModelArgs) -> LLMConfig:
         if model.device == "cpu"
         else {"accelerator_type": model.accelerator_type}
     )
-    models_path = load_settings().service.models_path
+    settings = load_settings()
+    models_path = settings.service.models_path
     weights = find_weights("args.weights", model.weights, models_path)
     return LLMConfig(
         model_loading_config={"model_id": model.name, "model_source": weights},
-        engine_kwargs={**_adapter_arguments(model, models_path), **model.engine},
+        engine_kwargs={
+            **_adapter_arguments(model, models_path),
+            **_tracing_arguments(settings.tracing),
+            **model.engine,
+        },
         deployment_config={"ray_actor_options": {"num_cpus": model.replica_cpus}},
         # vLLM then keeps its counters in this process's Prometheus registry, where the
         # accounts can read them exactly; Ray's copy of them is minutes of delay away.
         log_engine_metrics=False,
         **device,
     )
+
+
+def _tracing_arguments(settings: TracingSettings) -> dict[str, Any]:
+    """Return the engine argument by which vLLM makes a span of each request that is traced."""
+    return {} if settings.url is None else {"otlp_traces_endpoint": settings.url}
+
+
+def _tell_exporter_of_engine(settings: TracingSettings) -> None:
+    # vLLM takes no argument for these, and its processes inherit the environment.
+    if settings.url is not None:
+        os.environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        os.environ.setdefault("OTEL_SERVICE_NAME", f"{settings.service}-engine")
 
 
 def _adapter_arguments(model: ModelArgs, models_path: Path) -> dict[str, Any]:
@@ -93,6 +111,7 @@ class Model(Leasing, LLMServer):
         self, llm_config: LLMConfig, *, stuck_after_s: float
     ) -> None:
         self._watch = EngineWatch(stuck_after_s)
+        _tell_exporter_of_engine(load_settings().tracing)
         await super().__init__(llm_config)
 
     async def start(self) -> None:

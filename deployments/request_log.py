@@ -14,6 +14,7 @@ from ray import serve
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from deployments.options import RequestLogOptions
+from deployments.tracing import replica_sink
 from deployments.upkeep import build_upkeep
 from serve_app.accounts import request_log
 from serve_app.accounts.drift import EngineCounts, EngineReading
@@ -117,6 +118,7 @@ class RequestLog:
             min_free_bytes=self._options.spool_min_free_bytes,
         )
         folders = SpoolFolders(root, make)
+        self._spans = replica_sink(settings.tracing, "request-log")
         self._log = request_log.RequestLog(
             spool=await folders.take(),
             postgres=settings.postgres,
@@ -127,6 +129,7 @@ class RequestLog:
                 batch_rows=self._options.batch_rows, write_timeout_s=self._options.write_timeout_s
             ),
             folders=folders,
+            sink=self._spans,
         )
         await self._log.start()
         # Of several replicas one does it at a time.
@@ -174,3 +177,5 @@ class RequestLog:
         await self._counts.close()
         await self._log.drain(self._options.drain_timeout_s)
         await self._log.close()
+        if self._spans is not None:
+            await self._spans.close()

@@ -78,6 +78,13 @@ class RequestRecord:
     bodies: str | None = None
     request_body: str | None = None
     response_text: str | None = None
+    # Of the span that records it, where the request is traced: the log hangs its own below.
+    traceparent: str | None = None
+
+    @property
+    def trace_id(self) -> str | None:
+        """The id of its trace; None where the request is not traced."""
+        return None if self.traceparent is None else self.traceparent[3:35]
 
     @property
     def has_texts(self) -> bool:

@@ -12,7 +12,7 @@ _FIELDS = (
     "request_id route status outcome error_code principal_id principal_kind api_key_id "
     "client_address stream finish_reason prompt_tokens completion_tokens cost_micros "
     "auth_ms limits_ms queue_ms time_to_first_token_ms inter_token_mean_ms duration_ms "
-    "replica_id denied bodies".split()
+    "replica_id denied bodies trace_id".split()
 )
 
 

@@ -448,6 +448,56 @@ class BackupSettings(_Settings):
         return home / "backups" if self.folder is None else self.folder.expanduser().resolve()
 
 
+class TracingSettings(_Settings):
+    """Where traces go, and of how many requests. Without an endpoint there are none."""
+
+    endpoint: AnyHttpUrl | None = Field(
+        default=None,
+        alias="COMP_AI_TRACING_ENDPOINT",
+        description="Address of a collector of traces that takes OTLP over HTTP, such as "
+        "`http://tempo:4318`; without a path `/v1/traces` is meant. No credential may stand in it. "
+        "Tracing is off where it is not set.",
+    )
+    ratio: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        alias="COMP_AI_TRACING_RATIO",
+        description="Share of requests that are traced, drawn by chance.",
+    )
+    service: str = Field(
+        default="comp-ai",
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        alias="COMP_AI_TRACING_SERVICE",
+        description="Begin of the service names in traces: `-gateway`, `-model`, `-engine` and "
+        "`-request-log` follow.",
+    )
+    trust_parents: bool = Field(
+        default=False,
+        alias="COMP_AI_TRACING_TRUST_PARENTS",
+        description="Trace every request whose `traceparent` says that its sender traces it, "
+        "whatever the ratio. Only where all who can reach nginx are your own services.",
+    )
+
+    @field_validator("endpoint")
+    @classmethod
+    def _holds_no_credential(cls, url: AnyHttpUrl | None) -> AnyHttpUrl | None:
+        # The exporter names the address in what it logs.
+        if url is not None and (url.username or url.password or url.query or url.fragment):
+            raise ValueError(
+                "host, port and path alone; credentials go into the exporter's headers"
+            )
+        return url
+
+    @property
+    def url(self) -> str | None:
+        """Where spans are posted to, or None where tracing is off."""
+        if self.endpoint is None:
+            return None
+        bare = self.endpoint.path in (None, "", "/")
+        return str(self.endpoint).rstrip("/") + ("/v1/traces" if bare else "")
+
+
 class Settings(_Settings):
     """All settings of one process."""
 
@@ -456,6 +506,7 @@ class Settings(_Settings):
     oidc: OidcSettings = OidcSettings()
     sealing: SealingSettings = SealingSettings()
     backup: BackupSettings = BackupSettings()
+    tracing: TracingSettings = TracingSettings()
     further_issuers: tuple[LoadedIssuer, ...] = ()
 
 
@@ -465,6 +516,7 @@ GROUPS: dict[str, type[BaseModel]] = {
     "oidc": OidcSettings,
     "sealing": SealingSettings,
     "backup": BackupSettings,
+    "tracing": TracingSettings,
 }
 
 
@@ -482,6 +534,7 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         oidc=oidc,
         sealing=_load(SealingSettings, env),
         backup=_load(BackupSettings, env),
+        tracing=_load(TracingSettings, env),
         further_issuers=_load_issuers(oidc, env),
     )
 

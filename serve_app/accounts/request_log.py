@@ -20,6 +20,7 @@ import asyncpg
 
 from serve_app.accounts import writer
 from serve_app.accounts.adoption import Adoption
+from serve_app.accounts.log_spans import LogSpans
 from serve_app.accounts.metrics import LogMetrics
 from serve_app.accounts.redaction import Redactor, redact
 from serve_app.accounts.sealing.aead import SealBroken
@@ -34,6 +35,7 @@ from serve_app.database import CONNECT_ERRORS, DatabaseUnavailable, connect
 from serve_app.errors import CompAIError, LogUnavailable
 from serve_app.records import RequestRecord
 from serve_app.settings import PostgresSettings
+from serve_app.tracing.spans import SpanSink
 
 _logger = logging.getLogger(__name__)
 
@@ -93,6 +95,7 @@ class RequestLog:
         metrics: where the measurements go.
         config: how it drains.
         folders: where to look for spools that nobody holds; it adopts none where None.
+        sink: where the spans of traced records go; None while tracing is off.
     """
 
     def __init__(
@@ -105,12 +108,14 @@ class RequestLog:
         config: LogConfig | None = None,
         redactor: Redactor | None = None,
         folders: SpoolFolders | None = None,
+        sink: SpanSink | None = None,
     ) -> None:
         self._spool = spool
         self._keys = keys
         self._redactor = redactor or Redactor()
         self._postgres = postgres
         self._metrics = metrics
+        self._spans = LogSpans(sink)
         self._config = config or LogConfig()
         self._adopted = Adoption(folders, self._config.adopt_every_s)
         self._task: asyncio.Task[None] | None = None
@@ -148,7 +153,8 @@ class RequestLog:
             LogUnavailable: the record is not known to be safe.
         """
         try:
-            await self._spool.append(record)
+            with self._spans.spooling(record):
+                await self._spool.append(record)
         finally:
             # Also when this task is cancelled: the spool writes the record all the same.
             self._empty.clear()
@@ -309,7 +315,9 @@ class RequestLog:
         started = time.monotonic()
         with self._limit(connection):
             report = await writer.write(connection, records, self._keys)
-        self._note_write(time.monotonic() - started, report.written)
+        took_s = time.monotonic() - started
+        self._note_write(took_s, report.written)
+        self._spans.moved(records, took_s, report.written)
         poison += report.poison
         if poison:
             await self._set_aside(spool, poison)

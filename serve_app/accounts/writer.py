@@ -39,8 +39,10 @@ _BODY_COLUMNS = {"id": "uuid", "created_at": "timestamptz", "key_id": "uuid", "s
 _COLUMNS = {
     f.name: _TYPES[str(f.type).removesuffix(" | None")]
     for f in fields(RequestRecord)
-    if f.name not in ("request_body", "response_text")
+    # Of the trace its id is enough, once the log has hung its own spans below.
+    if f.name not in ("request_body", "response_text", "traceparent")
 }
+_COLUMNS["trace_id"] = "text"
 # Column widths of the schema. A longer value is cut: the row matters more than its tail.
 _WIDTHS = {"request_id": 128, "principal_id": 255, "model": 100}
 

@@ -16,6 +16,7 @@ from serve_app.completions.parts import Spawn
 from serve_app.completions.upstream import Upstream
 from serve_app.contracts import Lease
 from serve_app.errors import EngineFailed, RequestError
+from serve_app.tracing.context import SpanContext
 
 
 class Attempt:
@@ -48,14 +49,14 @@ class Attempt:
         self._whole = b""
         self._answer = bytearray()
 
-    async def open(self) -> None:
-        """Ask, and wait for the status of the answer.
+    async def open(self, span: SpanContext | None) -> None:
+        """Ask, and wait for the status of the answer. The replica's spans hang below `span`.
 
         Raises:
             InvalidRequest: the engine refused the request; carries its words.
             EngineFailed: the replica cannot be reached or failed.
         """
-        await self._upstream.open(self._ask, self._exchange.id.hex)
+        await self._upstream.open(self._ask, self._exchange.id.hex, span)
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Yield what goes to the client, whole frames only, without what closes the stream.

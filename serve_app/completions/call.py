@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, NoReturn
@@ -57,6 +56,8 @@ from serve_app.queueing.ticket import Ticket
 from serve_app.request_id import fit_request_id
 from serve_app.stored.keeping import Keeping
 from serve_app.stored.service import Responses
+from serve_app.timing import Stage
+from serve_app.tracing.context import HEADER as TRACEPARENT
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +96,12 @@ class Call:
         self._attempts: list[Attempt] = []
         self._answer = Document(b"")
         self._body_read = asyncio.Event()
+        tracing, traceparent = parts.tracing, request.headers.get(TRACEPARENT)
         self.exchange = Exchange(
             route=route,
             request_id=fit_request_id(request.headers.get("x-request-id")),
             client_address=client_address(request),
+            trace=None if tracing is None else tracing.begin(traceparent),
         )
         self._keyed = Keyed(config, parts.database, self.exchange)
         self._finishing = Finishing(config, parts, spawn, self.exchange)
@@ -149,8 +152,9 @@ class Call:
 
     def _admit(self) -> None:
         """Refuse what could not be recorded. Raises LogFull."""
-        if self._parts.log.full and self._config.when_log_full is WhenLogFull.REFUSE:
-            raise LogFull(retry_after_s=_RETRY_FULL_S)
+        with self.exchange.traced(Stage.ADMIT):
+            if self._parts.log.full and self._config.when_log_full is WhenLogFull.REFUSE:
+                raise LogFull(retry_after_s=_RETRY_FULL_S)
 
     @asynccontextmanager
     async def _deadline(self) -> AsyncIterator[None]:
@@ -164,11 +168,8 @@ class Call:
             ) from None
 
     async def _authenticate(self) -> Principal:
-        begun_s = time.perf_counter()
-        try:
+        with self.exchange.timings.lap(Stage.AUTHENTICATE):
             principal = with_access(await self._principal(), self._config)
-        finally:
-            self.exchange.timings.auth_s = time.perf_counter() - begun_s
         self.exchange.principal = principal
         return principal
 
@@ -199,6 +200,10 @@ class Call:
         )
 
     async def _authorize(self, kind: Kind, principal: Principal) -> Ask:
+        with self.exchange.traced(Stage.AUTHORIZE):
+            return await self._govern(kind, principal)
+
+    async def _govern(self, kind: Kind, principal: Principal) -> Ask:
         principal.require(Permission.USER)
         body = await self._read_object(principal)
         name = model_name(body, self._config.default_model)
@@ -251,11 +256,8 @@ class Call:
         )
         # Noted before the call goes out: if it dies in there, what it took is given back.
         exchange.reservation, exchange.priced = reservation, ask.model
-        begun_s = time.perf_counter()
-        try:
+        with exchange.timings.lap(Stage.RESERVE):
             allowance = await self._parts.limits.reserve(reservation)
-        finally:
-            exchange.timings.limits_s = time.perf_counter() - begun_s
         exchange.allowance = allowance
         if allowance.refusal is not None:
             raise allowance.refusal.error(limits.currency)
@@ -278,11 +280,9 @@ class Call:
         ticket = self._ticket(principal, ask, avoid)
         if exchange.ticket is None:
             exchange.ticket = ticket
-        begun_s = time.perf_counter()
-        try:
+        with exchange.timings.lap(Stage.LEASE):
             exchange.lease = await self._open(ticket)
-        finally:
-            exchange.timings.queued(time.perf_counter() - begun_s)
+            exchange.grants.append(exchange.lease.grant)
         keep = exchange.bodies is not None and exchange.bodies.keeps_texts
         attempt = Attempt(
             ask, exchange.lease, self._parts.session, exchange, self._spawn, keep_answer=keep
@@ -334,7 +334,11 @@ class Call:
             raise failure from None
 
     async def _relay(self, attempt: Attempt, ask: Ask) -> None:
-        await attempt.open()
+        with self.exchange.traced(Stage.RELAY) as lap:
+            await attempt.open(self.exchange.below(lap))
+            await self._pass_all_on(attempt, ask)
+
+    async def _pass_all_on(self, attempt: Attempt, ask: Ask) -> None:
         if not ask.stream:
             self._answer = Document(await attempt.whole())
             return
@@ -403,6 +407,7 @@ class Call:
         with self._finishing.tried("keep for a retry"):
             await self._keyed.end(self._answer)
         self._stop_comments()
+        self._finishing.trace()
 
     async def _keep(self) -> None:
         if self._keeping is not None and self.exchange.error is None and self._attempts:

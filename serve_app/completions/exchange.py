@@ -10,7 +10,7 @@ from datetime import datetime
 from serve_app.completions.answers import Answers
 from serve_app.completions.sse import Usage
 from serve_app.config import Bodies, ModelEntry
-from serve_app.contracts import Allowance, Lease, Reservation, Spent
+from serve_app.contracts import Allowance, Lease, LeaseGrant, Reservation, Spent
 from serve_app.errors import (
     ClientGone,
     DeadlineExceeded,
@@ -21,31 +21,9 @@ from serve_app.errors import (
 from serve_app.identity.principal import Principal
 from serve_app.queueing.ticket import Ticket
 from serve_app.records import Outcome, RequestRecord, new_id, utc_now
-
-
-@dataclass(slots=True)
-class Timings:
-    """Seconds spent in each step; None where the request did not come that far."""
-
-    auth_s: float | None = None
-    limits_s: float | None = None
-    queue_s: float | None = None
-    time_to_first_token_s: float | None = None
-
-    def queued(self, seconds: float) -> None:
-        """Add a wait for a replica; a request that is asked twice waits twice."""
-        self.queue_s = (self.queue_s or 0.0) + seconds
-
-    def server_timing(self, total_s: float | None = None) -> str:
-        """Return the Server-Timing header (https://www.w3.org/TR/server-timing/)."""
-        steps = (
-            ("auth", self.auth_s),
-            ("limits", self.limits_s),
-            ("queue", self.queue_s),
-            ("ttft", self.time_to_first_token_s),
-            ("total", total_s),
-        )
-        return ", ".join(f"{name};dur={s * 1000:.2f}" for name, s in steps if s is not None)
+from serve_app.timing import UNTIMED, Lap, Stage, Timings
+from serve_app.tracing.context import SpanContext
+from serve_app.tracing.sampling import RequestTrace
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,6 +37,8 @@ class Exchange:
     created_at: datetime = field(default_factory=utc_now)
     started_s: float = field(default_factory=time.perf_counter)
     timings: Timings = field(default_factory=Timings)
+    # Its place in a trace; None while tracing is off.
+    trace: RequestTrace | None = None
     principal: Principal | None = None
     model: str | None = None
     stream: bool = False
@@ -75,6 +55,8 @@ class Exchange:
     allowance: Allowance = field(default_factory=Allowance)
     ticket: Ticket | None = None
     lease: Lease | None = None
+    # Of every lease it had, the last one last.
+    grants: list[LeaseGrant] = field(default_factory=list)
     status: int = 200
     error: RequestError | None = None
     usage: Usage | None = None
@@ -90,6 +72,19 @@ class Exchange:
     def elapsed_s(self) -> float:
         """Seconds since the request came in."""
         return time.perf_counter() - self.started_s
+
+    def traced(self, stage: Stage) -> Lap:
+        """Return a block that times a pass of `stage`, if the request is traced.
+
+        For the stages that stand in a trace alone: else they cost nothing.
+        """
+        if self.trace is None or not self.trace.own.sampled:
+            return UNTIMED
+        return self.timings.lap(stage)
+
+    def below(self, lap: Lap) -> SpanContext | None:
+        """Return the span of a stage, for what it calls elsewhere; None while tracing is off."""
+        return None if self.trace is None else self.trace.below(lap)
 
     def token_arrived(self) -> None:
         """Note that the engine sent tokens now."""
@@ -125,8 +120,8 @@ class Exchange:
         cost_micros = 0 if self.priced is None else self.priced.cost_micros(*tokens)
         return Spent(tokens=sum(tokens), cost_micros=cost_micros)
 
-    def record(self) -> RequestRecord:
-        """Return the row of this request."""
+    def record(self, recording: SpanContext | None = None) -> RequestRecord:
+        """Return the row of this request; `recording` is the span of the stage that needs it."""
         usage = self._usage()
         principal = self.principal
         return RequestRecord(
@@ -158,6 +153,7 @@ class Exchange:
             bodies=self.bodies,
             request_body=self._request_text(),
             response_text=self._answer_text(),
+            traceparent=recording.traceparent if recording and recording.sampled else None,
         )
 
     def _denied(self) -> str | None:

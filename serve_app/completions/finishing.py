@@ -15,10 +15,13 @@ from starlette.requests import ClientDisconnect
 from serve_app.completions.attempt import Attempt
 from serve_app.completions.exchange import Exchange
 from serve_app.completions.parts import Parts, Spawn
+from serve_app.completions.spans import spans_of
 from serve_app.config import Durability, GatewayConfig, WhenLogFull
 from serve_app.errors import ClientGone, InternalError, LogFull, LogUnavailable, RequestError
 from serve_app.log_setup import log_failure
 from serve_app.records import RequestRecord
+from serve_app.timing import Stage
+from serve_app.tracing.context import SpanContext
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ class Finishing:
         self._parts = parts
         self._spawn = spawn
         self._exchange = exchange
+        self._reported: RequestRecord | None = None
 
     def note_end(self, serving: asyncio.Task[None]) -> None:
         """Note how `serving`, which is done, came to its end."""
@@ -62,13 +66,17 @@ class Finishing:
 
     async def _settle(self) -> None:
         if (reservation := self._exchange.reservation) is not None:
-            with self.tried("settle"):
+            with self.tried("settle"), self._exchange.traced(Stage.SETTLE):
                 await self._parts.limits.settle(reservation, self._exchange.spent())
 
     async def _record(self) -> None:
+        with self._exchange.traced(Stage.RECORD) as lap:
+            await self._record_within(self._exchange.below(lap))
+
+    async def _record_within(self, span: SpanContext | None) -> None:
         record: RequestRecord | None = None
         with self.tried("record"):
-            record = self._exchange.record()
+            record = self._exchange.record(span)
         if record is None:
             self._exchange.fail(InternalError())
             return
@@ -79,7 +87,7 @@ class Finishing:
             self._spawn(self._append_behind(record))
         elif not await self._append(record):
             self._exchange.fail(LogUnavailable())
-            record = self._exchange.record()
+            record = self._exchange.record(span)
         self._report(record)
 
     async def _append_behind(self, record: RequestRecord) -> None:
@@ -116,7 +124,16 @@ class Finishing:
             extra={"action": "request_log.dropped", "outcome": record.outcome.value},
         )
 
+    def trace(self) -> None:
+        """Hand on the spans of the request, if it is traced. Never raises."""
+        tracing, record = self._parts.tracing, self._reported
+        if tracing is None or record is None or record.traceparent is None:
+            return
+        with self.tried("trace"):
+            tracing.sink.take(spans_of(self._exchange, record, self._model_label()))
+
     def _report(self, record: RequestRecord) -> None:
+        self._reported = record
         label = self._model_label()
         with self.tried("metrics"):
             self._parts.metrics.request_finished(record, label)

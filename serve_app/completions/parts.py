@@ -20,6 +20,8 @@ from serve_app.metrics import GatewayMetrics
 from serve_app.queueing.pool import QueuedPool
 from serve_app.read_pool import ReadPool
 from serve_app.request_line import RequestLines
+from serve_app.tracing.sampling import RequestTrace, Sampling
+from serve_app.tracing.spans import SpanSink
 
 # Starts a task that outlives the call and that the gateway waits for when it closes.
 Spawn = Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]
@@ -52,6 +54,18 @@ Handler = Callable[[Principal, Request], Awaitable[Document | Download]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tracing:
+    """Which requests are traced, and where their spans go."""
+
+    sampling: Sampling
+    sink: SpanSink
+
+    def begin(self, traceparent: str | None) -> RequestTrace:
+        """Return the place in its trace of a request that came with this header."""
+        return self.sampling.begin(traceparent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """What a gateway is made of; the seams are in `serve_app.contracts`."""
 
@@ -69,6 +83,8 @@ class Parts:
     defaults: Defaults
     # What the keys of subjects are wrapped with.
     masters: MasterKeys
+    # None while tracing is off.
+    tracing: Tracing | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,8 @@ from serve_app.completions.engine_errors import refusal_of
 from serve_app.contracts import LeaseGrant
 from serve_app.errors import EngineFailed
 from serve_app.replica import ABORT_PATH, LEASE_HEADER, REQUEST_ID_HEADER
+from serve_app.tracing.context import HEADER as TRACEPARENT
+from serve_app.tracing.context import SpanContext
 
 # How long a replica may take to agree to end an answer; the abort is repeated meanwhile, because
 # one that overtakes its request finds nothing to end.
@@ -40,8 +42,11 @@ class Upstream:
         self._grant = grant
         self._posting: asyncio.Task[aiohttp.ClientResponse] | None = None
 
-    async def open(self, ask: Ask, request_id: str) -> None:
+    async def open(self, ask: Ask, request_id: str, span: SpanContext | None) -> None:
         """Send the request and wait for the answer's status.
+
+        With a `span` that is not sampled the replica is told to trace nothing, which an engine
+        that is told nothing might do.
 
         Raises:
             InvalidRequest: the engine refused the request; carries its words.
@@ -53,6 +58,8 @@ class Upstream:
             LEASE_HEADER: self._grant.token,
             REQUEST_ID_HEADER: request_id,
         }
+        if span is not None:
+            headers[TRACEPARENT] = span.traceparent
         self._posting = asyncio.create_task(self._post(ask, headers), name="upstream-post")
         try:
             # Shielded: a whole answer has no status before it is complete, and if the client

@@ -21,7 +21,7 @@ COLUMNS = (
     "id created_at request_id route status outcome error_code principal_id principal_kind "
     "api_key_id client_address model stream finish_reason prompt_tokens completion_tokens "
     "cost_micros auth_ms limits_ms queue_ms time_to_first_token_ms inter_token_mean_ms "
-    "duration_ms replica_id denied recorded_at".split()
+    "duration_ms replica_id denied trace_id recorded_at".split()
 )
 
 

@@ -59,7 +59,8 @@ select count(*) from changed;
 
 -- name: requests
 -- With their bodies: those of the time before bodies were sealed are not unreadable by themselves.
--- The id of a request is the client's to choose, so ours stands in its place.
+-- The ids of a request and of its trace are the client's to choose: ours stands in the place of one,
+-- nothing in that of the other.
 with batch as materialized (
     select id, created_at from comp_ai.requests
     where principal_id = $1 and created_at <= $3 limit $4),
@@ -68,7 +69,7 @@ bodies as (
     where b.id = s.id and b.created_at = s.created_at),
 changed as (
     update comp_ai.requests r
-    set principal_id = $2, client_address = null, request_id = r.id::text
+    set principal_id = $2, client_address = null, request_id = r.id::text, trace_id = null
     from batch s where r.id = s.id and r.created_at = s.created_at
     returning 1)
 select count(*) from changed;

@@ -85,5 +85,7 @@ def _erased(record: RequestRecord, erased: Mapping[str, Sequence[Erasure]]) -> R
                 request_id=str(record.id),
                 request_body=None,
                 response_text=None,
+                # A client may have made its id.
+                traceparent=None,
             )
     return record

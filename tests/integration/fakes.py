@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.completions.body import Defaults
 from serve_app.completions.gateway import Gateway
-from serve_app.completions.parts import Parts
+from serve_app.completions.parts import Parts, Tracing
 from serve_app.completions.upstream import new_session
 from serve_app.config import GatewayConfig, ModelEntry
 from serve_app.contracts import (
@@ -54,6 +54,9 @@ from serve_app.replica import LeaseBook, LeaseDoor, ReplicaServer, Slot
 from serve_app.request_line import RequestLines
 from serve_app.scaling.readings import FirstTokens
 from serve_app.settings import PostgresSettings, load_settings
+from serve_app.tracing.replica import TracedApp
+from serve_app.tracing.sampling import Sampling
+from serve_app.tracing.spans import SpanSink
 from tests.sealing import MASTERS
 
 HOST = "127.0.0.1"
@@ -101,13 +104,21 @@ class Gate:
 class FakeReplica:
     """A replica of a model: an engine behind a real door and a real HTTP server."""
 
-    def __init__(self, replica_id: str, speed: FakeEngineConfig, app: ASGIApp | None) -> None:
+    def __init__(
+        self,
+        replica_id: str,
+        speed: FakeEngineConfig,
+        app: ASGIApp | None,
+        sink: SpanSink | None = None,
+    ) -> None:
         self.id = replica_id
         self.engine = FakeEngine(speed)
         self.leases = LeaseBook()
         # Passed by a request that is through the door, before the engine sees it.
         self.gate = Gate()
         self._app = app or self.engine.app()
+        if sink is not None:
+            self._app = TracedApp(self._app, sink, {"comp_ai.replica_id": replica_id})
         door = LeaseDoor(self._behind_the_gate, self.leases, self._abort, FirstTokens())
         self.server = ReplicaServer(door, HOST)
 
@@ -349,18 +360,20 @@ class World:
         database: PostgresSettings | None,
         replicas: int,
         authenticator: FakeAuthenticator | None,
+        sink: SpanSink | None,
     ) -> None:
         self.database = _no_database() if database is None else _pool(database)
         self.reports = ReadPool(self.database)
         if database is not None:
             self.reports = build_read_pool(database, application_name="tests-reports")
         self.events: list[str] = []
-        self.replica = FakeReplica("replica-1", speed, engine_app)
-        more = [FakeReplica(f"replica-{n}", speed, None) for n in range(2, replicas + 1)]
+        self.replica = FakeReplica("replica-1", speed, engine_app, sink)
+        more = [FakeReplica(f"replica-{n}", speed, None, sink) for n in range(2, replicas + 1)]
         self.replicas = [self.replica, *more]
         self.pool = FakePool(self.replica, *more)
         self.limits = BookKeeper()
         self.log = RecordList(self.events)
+        self.tracing = None if sink is None else Tracing(sampling=Sampling(1.0), sink=sink)
         self.authenticator = authenticator or FakeAuthenticator()
         self.lines = io.StringIO()
         self.queue = QueuedPool(self.pool, NoMetrics())
@@ -382,6 +395,7 @@ class World:
             reports=self.reports,
             defaults=Defaults(max_tokens=4096, temperature=0.7),
             masters=MASTERS,
+            tracing=self.tracing,
         )
 
     @property
@@ -430,16 +444,17 @@ async def world(
     database: PostgresSettings | None = None,
     replicas: int = 1,
     authenticator: FakeAuthenticator | None = None,
+    sink: SpanSink | None = None,
     **config: Any,
 ) -> AsyncIterator[World]:
     """Serve a gateway and replicas until the block ends; `config` is the gateway's policy.
 
     `engine_app` stands in the place of the first replica's engine. Without `database` the
-    gateway's PostgreSQL is away.
+    gateway's PostgreSQL is away. With a `sink` every request is traced.
     """
     models = [{"name": "small", "app": "model-small", "max_tokens": 2000}]
     policy = GatewayConfig.model_validate({"models": models, **config})
-    made = World(policy, speed, engine_app, database, replicas, authenticator)
+    made = World(policy, speed, engine_app, database, replicas, authenticator, sink)
     servers = (*(replica.server for replica in made.replicas), made.server)
     await asyncio.gather(*(server.start() for server in servers))
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 
-from serve_app.completions.exchange import Exchange, Timings
+from serve_app.completions.exchange import Exchange
 from serve_app.completions.kinds import Kind
 from serve_app.completions.sse import Usage
 from serve_app.config import Bodies, ModelEntry
@@ -26,6 +26,7 @@ from serve_app.errors import (
 )
 from serve_app.identity.principal import Permission, Principal
 from serve_app.records import Outcome, PrincipalKind, RequestRecord
+from serve_app.timing import Stage, Timings
 
 
 class HeldLease:
@@ -171,11 +172,31 @@ def test_token_times() -> None:
     assert one.timings.time_to_first_token_s == pytest.approx(first - one.started_s)
 
 
+def timings_of(**stages_s: float) -> Timings:
+    """Return a clock on which each stage took so long; a name may end in a number."""
+    timings = Timings()
+    for name, seconds in stages_s.items():
+        lap = timings.lap(Stage(name.rstrip("0123456789")))
+        lap.begun_s, lap.ended_s = 100.0, 100.0 + seconds
+    return timings
+
+
 def test_server_timing() -> None:
-    timings = Timings(auth_s=0.001, queue_s=0.5)
+    # A request that is asked of two replicas waits twice.
+    timings = timings_of(authenticate=0.001, lease1=0.2, relay1=1.0, lease2=0.3)
     assert timings.server_timing() == "auth;dur=1.00, queue;dur=500.00"
     assert timings.server_timing(0.6) == "auth;dur=1.00, queue;dur=500.00, total;dur=600.00"
     assert Timings().server_timing(0.6) == "total;dur=600.00"
+
+
+def test_a_stage_that_fails_is_timed_and_one_under_way_is_not() -> None:
+    timings = Timings()
+    with pytest.raises(RateLimited), timings.lap(Stage.RESERVE):
+        raise RateLimited
+    timings.lap(Stage.LEASE).__enter__()
+    assert timings.limits_s is not None
+    assert timings.queue_s is None
+    assert [lap.failed for lap in timings.laps] == [True, False]
 
 
 @pytest.mark.parametrize(

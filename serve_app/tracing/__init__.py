@@ -1,0 +1,1 @@
+"""Traces in OpenTelemetry's form. Off unless an endpoint is set; the SDK is loaded only then."""
