@@ -38,14 +38,17 @@ SYSTEM_CAS = "/etc/ssl/certs/ca-certificates.crt"
 CHOICES = (
     ((), ("gpu",)),
     ((), ("tls",), ("tls", "letsencrypt")),
-    ((), ("monitoring", "backup")),
+    ((), ("monitoring", "tracing", "backup")),
     ((), ("keycloak",), ("join",), ("cluster",), ("keycloak", "cluster")),
 )
-COMBINATIONS = [sum(chosen, ()) for chosen in product(*CHOICES)] + [("monitoring",), ("backup",)]
+COMBINATIONS = [sum(chosen, ()) for chosen in product(*CHOICES)] + [
+    ("monitoring",),
+    ("backup",),
+]
 LARGEST = [
-    ("gpu", "tls", "letsencrypt", "monitoring", "backup", "keycloak"),
-    ("tls", "monitoring", "backup", "join"),
-    ("gpu", "monitoring", "backup", "cluster"),
+    ("gpu", "tls", "letsencrypt", "monitoring", "tracing", "backup", "keycloak"),
+    ("tls", "monitoring", "tracing", "backup", "join"),
+    ("gpu", "monitoring", "tracing", "backup", "cluster"),
 ]
 
 
@@ -357,6 +360,33 @@ def test_the_files_that_are_mounted_are_there(stack: dict[str, Any]) -> None:
             source = Path(volume["source"])
             if volume["type"] == "bind" and source.is_relative_to(PROJECT):
                 assert source.exists(), (name, source)
+
+
+def test_traces_go_to_where_grafana_finds_them(stack: dict[str, Any]) -> None:
+    services = stack["services"]
+    assert services["comp-ai-service"]["environment"]["COMP_AI_TRACING_ENDPOINT"] == (
+        "http://tempo:4318"
+    )
+    assert services["tempo"]["networks"].keys() <= services["grafana"]["networks"].keys()
+    provisioned = PROJECT / "monitoring" / "grafana" / "provisioning" / "datasources"
+    sources = {
+        source["uid"]: source
+        for source in yaml.safe_load((provisioned / "comp-ai.yml").read_text())["datasources"]
+    }
+    config = yaml.safe_load((PROJECT / "monitoring" / "tempo" / "tempo.yml").read_text())
+    assert sources["tempo"]["url"] == f"http://tempo:{config['server']['http_listen_port']}"
+    received = config["distributor"]["receivers"]["otlp"]["protocols"]["http"]["endpoint"]
+    assert received.endswith(":4318")
+    [field] = sources["loki"]["jsonData"]["derivedFields"]
+    assert field["datasourceUid"] == "tempo"
+    assert sources["tempo"]["jsonData"]["tracesToLogsV2"]["datasourceUid"] == "loki"
+    [trace_id] = re.findall(field["matcherRegex"], f'{{"a":1,"trace_id":"{"4f" * 16}"}}')
+    assert trace_id == "4f" * 16
+
+
+def test_without_its_overlay_nothing_is_traced() -> None:
+    environment = _resolved(())["services"]["comp-ai-service"]["environment"]
+    assert not environment.get("COMP_AI_TRACING_ENDPOINT")
 
 
 def test_the_names_of_the_plan(stack: dict[str, Any]) -> None:
