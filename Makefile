@@ -8,7 +8,7 @@ SHARED := tests/e2e tests/chaos
 TEST_WORKERS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-unit lint docs model clean
+.PHONY: help setup run test test-unit lint docs load-test model clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -38,6 +38,11 @@ test: model lint ## Run every check and every test
 
 test-unit: setup ## Run the unit tests
 	$(BIN)/pytest tests/unit
+
+load-test: setup ## Ask the service that runs here, as 20 users do, for a minute
+	@LOCUST_KEY=$$(cat "$${COMP_AI_HOME:-$$HOME/.comp-ai}/first-key") $(BIN)/locust \
+	  -f load_tests/locustfile.py --host http://127.0.0.1:$${COMP_AI_HTTP_PORT:-8080} \
+	  --headless --only-summary --users 20 --run-time 1m
 
 clean: ## Remove what set-up and the checks made (no data of the service)
 	rm -rf .venv .tools build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
