@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,6 +34,7 @@ ERRORS = (PROJECT / "docs" / "errors.md").read_text(encoding="utf-8")
 API = (PROJECT / "docs" / "api.md").read_text(encoding="utf-8")
 OPERATIONS = (PROJECT / "docs" / "operations.md").read_text(encoding="utf-8")
 
+MERMAID = os.environ.get("TEST_MERMAID")
 ENVIRONMENT = re.compile(r"\b(?:COMP_AI|POSTGRES|KEYCLOAK)_[A-Z][A-Z_]*[A-Z]\b")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -235,6 +238,17 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.skipif(
+    MERMAID is None, reason="needs Mermaid's own parser: set TEST_MERMAID (README.md, Tests)"
+)
+def test_every_diagram_can_be_drawn() -> None:
+    check = Path(__file__).parent / "mermaid_check.mjs"
+    done = subprocess.run(
+        ["node", check, str(MERMAID), *PAGES], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_page_is_linked_from_the_readme() -> None:
