@@ -14,7 +14,7 @@ from serve_app.stack.logs import LogFollower, write_line
 from serve_app.stack.processes import Supervisor
 from serve_app.stack.progress import Parts
 from serve_app.stack.ray_head import RayHead
-from serve_app.stack.serve_api import ServeApi, ServeAway
+from serve_app.stack.serve_api import NotRunning, ServeApi, ServeAway
 from serve_app.stack.waiting import wait_until
 
 _RAY_TIMEOUT_S = 120.0
@@ -68,7 +68,13 @@ class Cluster:
         with self._parts.part("Serve", "the deploy API") as say:
             await self._api.deploy(self._config)
             self._deployed = True
-            await self._api.wait_running(names, _MODEL_TIMEOUT_S, say)
+            try:
+                await self._api.wait_running(names, _MODEL_TIMEOUT_S, say)
+            except NotRunning as error:
+                if self._ray.store is None:
+                    raise
+                # The rest serves, and would lose the head: a host may be away that has the room.
+                say(str(error))
 
     async def stop(self, drain_s: float) -> None:
         """Let requests finish for up to `drain_s`, then stop Ray; safe to repeat.

@@ -71,7 +71,9 @@ class RayHead:
             CompAIError: Ray is not installed.
         """
         self.home.make_ray_token()
-        _drop_old_sessions(self.home)
+        _tidy_sessions(self.home)
+        if self._store_folder is not None:
+            self._store_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return ProcessSpec(
             name="ray",
             command=self._command(),
@@ -97,11 +99,14 @@ class RayHead:
         # Without a store the applications are drained and gone when the head is told to stop.
         return 0.0 if self.store is None else self.service.drain_s
 
-    def _store_environment(self) -> dict[str, str]:
-        if self.store is None:
-            return {}
+    @property
+    def _store_folder(self) -> Path | None:
         # Another release of Ray does not read it: it begins anew.
-        folder = self.store / f"ray-{metadata.version('ray')}"
+        return None if self.store is None else self.store / f"ray-{metadata.version('ray')}"
+
+    def _store_environment(self) -> dict[str, str]:
+        if (folder := self._store_folder) is None:
+            return {}
         store = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder)}
         return store | _patience(self.service)
 
@@ -139,7 +144,7 @@ class RayWorker:
         Raises:
             CompAIError: Ray is not installed.
         """
-        _drop_old_sessions(self.home)
+        _tidy_sessions(self.home)
         drained = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": f"{drain_s:g}"}
         environment = node_environment(os.environ, self.home, self.service, self.project)
         return ProcessSpec(
@@ -252,10 +257,14 @@ def node_environment(
     }
 
 
-def _drop_old_sessions(home: Home) -> None:
+def _tidy_sessions(home: Home) -> None:
     sessions = sorted(home.ray_temp.glob("session_2*"), key=lambda path: path.name)
     for session in sessions[: -_SESSIONS_KEPT + 1]:
         shutil.rmtree(session, ignore_errors=True)
+    # A session is gone on with where its head comes back, and Ray makes new sockets each time,
+    # with longer and longer names.
+    for left in home.ray_temp.glob("session_2*/sockets/*"):
+        left.unlink(missing_ok=True)
 
 
 def _executable() -> Path:

@@ -27,6 +27,10 @@ class DeployFailed(CompAIError):
     """Serve could not start the applications."""
 
 
+class NotRunning(DeployFailed):
+    """Serve goes on, and not all applications run in time."""
+
+
 class ServeAway(CompAIError):
     """Serve's deploy API does not answer."""
 
@@ -134,7 +138,8 @@ class ServeApi:
         """Return once all these applications run; `say` gets what is waited for.
 
         Raises:
-            DeployFailed: one failed, or they did not run in time; with Serve's message.
+            DeployFailed: one failed; with Serve's message.
+            NotRunning: they did not run in time.
         """
         deadline = time.monotonic() + timeout_s
         waiting = "no answer yet"
@@ -150,7 +155,7 @@ class ServeApi:
                 waiting = describe_waiting(applications, names)
             say(waiting)
             await asyncio.sleep(_POLL_INTERVAL_S)
-        raise DeployFailed(f"not running after {timeout_s:g} s: {waiting}")
+        raise NotRunning(f"not running after {timeout_s:g} s: {waiting}")
 
     async def delete_all(self, timeout_s: float) -> None:
         """Take all applications away; Serve lets them finish what they do.

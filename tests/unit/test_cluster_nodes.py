@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import cast
 
 import httpx
 import pytest
@@ -17,12 +19,14 @@ from serve_app.errors import ConfigError
 from serve_app.node_ports import NodePorts
 from serve_app.replica import ReplicaServer
 from serve_app.settings import load_settings
+from serve_app.stack.cluster import Cluster
 from serve_app.stack.home import Home
 from serve_app.stack.logs import LogFollower
 from serve_app.stack.node import PROJECT, Head
+from serve_app.stack.processes import Supervisor
 from serve_app.stack.progress import Parts
 from serve_app.stack.ray_head import WORKER_RESOURCE, RayHead, RayWorker
-from serve_app.stack.serve_api import ServeApi
+from serve_app.stack.serve_api import NotRunning, ServeApi
 
 
 def _in_cluster(tmp_path: Path, **settings: str) -> RayHead:
@@ -130,13 +134,36 @@ async def test_a_replica_takes_a_free_port_of_its_range() -> None:
             await other.stop()
 
 
-async def test_replicas_are_counted_by_their_node() -> None:
-    replicas = [{"node_ip": "10.0.0.1"}, {"node_ip": "10.0.0.2"}, {"node_ip": "10.0.0.1"}]
-    body = {"applications": {"a": {"deployments": {"d": {"replicas": replicas}}}}}
+def _answering(body: dict[str, object]) -> ServeApi:
     api = ServeApi("http://dashboard", "token")
     api._http = httpx.AsyncClient(
         base_url="http://dashboard",
         transport=httpx.MockTransport(lambda _: httpx.Response(200, json=body)),
     )
+    return api
+
+
+async def test_replicas_are_counted_by_their_node() -> None:
+    replicas = [{"node_ip": "10.0.0.1"}, {"node_ip": "10.0.0.2"}, {"node_ip": "10.0.0.1"}]
+    api = _answering({"applications": {"a": {"deployments": {"d": {"replicas": replicas}}}}})
     assert await api.replicas_on("10.0.0.1") == 2
     await api.close()
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+async def test_a_head_that_took_a_cluster_over_does_not_give_up_for_a_host_that_is_away(
+    keeps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gateway has room on two of three hosts: the head must stay, and so must those two."""
+    monkeypatch.setattr("serve_app.stack.cluster._MODEL_TIMEOUT_S", 0.01)
+    head = replace(_in_cluster(tmp_path), store=tmp_path / "store" if keeps else None)
+    config = {"applications": [{"name": "gateway"}]}
+    # No process is started here, and a supervisor would end those of the tests.
+    nobody = cast("Supervisor", None)
+    cluster = Cluster(head, config, nobody, Parts(Console(stderr=True)))
+    cluster._api = _answering({"applications": {"gateway": {"status": "DEPLOYING"}}})
+    try:
+        with nullcontext() if keeps else pytest.raises(NotRunning):
+            await cluster.deploy()
+    finally:
+        await cluster._api.close()
