@@ -21,7 +21,7 @@ from serve_app.scaling.readings import FirstTokens, LoadReadings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """Assumed of a model with some 30 billion parameters on one GPU with 48 GB."""
+    """Assumed of a model with some 30 billion parameters on one GPU with 80 GB."""
 
     prompt_tokens_per_s: float = 3000.0
     step_s: float = 0.030
@@ -56,7 +56,7 @@ class Replica:
     _left_tokens: float = 0.0  # of the first prompt
     _answers: list[tuple[float, int, Job]] = field(default_factory=list)
     _prompt_tokens: int = 0
-    _answer_tokens: int = 0
+    _answer_tokens: float = 0.0
 
     def __post_init__(self) -> None:
         self._order = itertools.count()
@@ -86,7 +86,7 @@ class Replica:
         return self._load.read(
             EngineCounters(
                 prompt_tokens=self._prompt_tokens,
-                completion_tokens=self._answer_tokens,
+                completion_tokens=int(self._answer_tokens),
                 requests_waiting=len(self._prompts) - reading,
             )
         )
@@ -96,7 +96,7 @@ class Replica:
         passed_s, self._at_s = to_s - self._at_s, to_s
         step_s = self._step_s()
         self._tokens_each += passed_s / step_s
-        self._answer_tokens += int(len(self._answers) * passed_s / step_s)
+        self._answer_tokens += len(self._answers) * passed_s / step_s
         if self._reads:
             self._left_tokens -= passed_s * self.speed.chunk_tokens / step_s
 

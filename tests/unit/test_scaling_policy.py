@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.errors import ConfigError
 from serve_app.scaling.policy import Bounds, Capacity, Seen, pressure, replicas_wanted
 from serve_app.scaling.targets import POLICY, ScalingTargets, check_scaling
+from serve_app.stack.serve_api import read_config
 
 TARGETS = ScalingTargets(queue_wait_s=1, time_to_first_token_s=2)
 BOUNDS = Bounds(min_replicas=0, max_replicas=8, places=100)
@@ -191,3 +194,10 @@ def test_wrong_targets_are_named(targets: dict[str, object], name: str) -> None:
         check_scaling(serve_config(**targets))
     place = "applications.m.deployments.Model:m.autoscaling_config.policy.policy_kwargs"
     assert caught.value.setting == f"{place}.{name}"
+
+
+def test_wrong_target_stops_the_start(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"applications": serve_config(headroom=2)}))
+    with pytest.raises(ConfigError, match="headroom"):
+        read_config(config, port=1)
