@@ -133,15 +133,20 @@ A simulation orders policies; its figures are those of its assumptions and not o
 def main() -> None:
     """Run, draw, write."""
     compared, days = run(_COMPARED, _START_S)
+    shown = {name: days[name] for name in ("Ray's, 8 requests", "ours, first token 2 s")}
+    draw(bursty_day(_SEEDS[0], _BUSIEST_PER_S), shown, compared, RESULTS / "autoscaling.svg")
     by_start = {_START_S: compared}
+    _write(by_start)
     for start_s in _OTHER_STARTS_S:
         by_start[start_s], _ = run(_BY_START, start_s)
+        _write(by_start)
+
+
+def _write(by_start: dict[float, dict[str, dict[str, float]]]) -> None:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU; simulated time"
     data = {"machine": machine, "seeds": _SEEDS, "late_s": _LATE_S, "by_start_s": by_start}
     RESULTS.joinpath("autoscaling.json").write_text(json.dumps(data, indent=2) + "\n", "utf-8")
     RESULTS.joinpath("autoscaling.md").write_text(_text(by_start), "utf-8")
-    shown = {name: days[name] for name in ("Ray's, 8 requests", "ours, first token 2 s")}
-    draw(bursty_day(_SEEDS[0], _BUSIEST_PER_S), shown, compared, RESULTS / "autoscaling.svg")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,11 @@ class Speed:
     chunk_tokens: int = 2048
     sequences: int = 128
 
+    @property
+    def chunk_s(self) -> float:
+        """How much longer a step takes that reads a part of a prompt."""
+        return self.chunk_tokens / self.prompt_tokens_per_s
+
 
 @dataclass(slots=True, eq=False)
 class Job:
@@ -124,7 +129,7 @@ class Replica:
     def _step_s(self) -> float:
         speed = self.speed
         step_s = speed.step_s + speed.sequence_s * len(self._answers)
-        return step_s + (speed.chunk_tokens / speed.prompt_tokens_per_s if self._reads else 0.0)
+        return step_s + speed.chunk_s if self._reads else step_s
 
     def _begin_first(self) -> None:
         first = self._prompts[0]

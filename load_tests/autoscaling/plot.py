@@ -43,10 +43,8 @@ def _draw_requests(axes: pyplot.Axes, requests: list[Request]) -> None:
 
 def _draw_replicas(axes: pyplot.Axes, days: dict[str, Day]) -> None:
     for name, day in days.items():
-        every = int(_EVERY_S / day.decide_every_s / 4)
-        replicas = day.replicas[::every]
-        hours = [index * every * day.decide_every_s / 3600 for index in range(len(replicas))]
-        axes.step(hours, replicas, where="post", color=_color(name), label=name, linewidth=1.2)
+        hours = [index * day.decide_every_s / 3600 for index in range(len(day.replicas))]
+        axes.step(hours, day.replicas, where="post", color=_color(name), label=name, linewidth=1.2)
     axes.set(xlim=(0, 24), xlabel="hour", ylabel="replicas", ylim=(0, None))
     axes.legend(loc="upper left")
 

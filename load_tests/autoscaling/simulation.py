@@ -13,10 +13,10 @@ from load_tests.autoscaling.engine import Job, Replica, Speed
 from load_tests.autoscaling.policies import LOOK_BACK_S, Controller, Figures
 from load_tests.autoscaling.trace import DAY_S, Request
 
-# Ray samples five times in a look-back period and tells its controller every ten seconds.
-_SAMPLE_EVERY_S = LOOK_BACK_S / 5
+# Ray samples about so often and tells its controller every ten seconds; it decides more often,
+# but knows nothing new then.
+_DECIDE_EVERY_S = 5.0
 _TELL_EVERY_S = 10.0
-_DECIDE_EVERY_S = 2.0
 _MAX_ONGOING = 256
 
 
@@ -57,7 +57,9 @@ class Simulation:
         self._gone_hours = 0.0
         self._events: list[tuple[float, int, Replica, int]] = []
         self._order = itertools.count()
-        self._samples: deque[tuple[float, float, dict[Replica, dict[str, float]]]] = deque(maxlen=5)
+        self._samples: deque[tuple[float, float, dict[Replica, dict[str, float]]]] = deque(
+            maxlen=int(LOOK_BACK_S / _DECIDE_EVERY_S)
+        )
         self._known = Figures(running=0, target=0, ongoing=0, queued=0, told={})
 
     def run(self) -> Day:
@@ -124,8 +126,7 @@ class Simulation:
 
     def _on_tick(self, tick: int) -> None:
         self._route()
-        if tick % int(_SAMPLE_EVERY_S / _DECIDE_EVERY_S) == 0:
-            self._sample()
+        self._sample()
         if tick % int(_TELL_EVERY_S / _DECIDE_EVERY_S) == 0:
             self._tell()
         staying = [one for one in self._replicas if not one.stopping]
