@@ -46,3 +46,8 @@ where attrelid = to_regclass('comp_ai_keys.' || quote_ident($1))
 -- name: erasures
 -- Changes with every erasure, at its start and at its end.
 select count(*), count(finished_at), max(erased_at), max(finished_at) from comp_ai_keys.erasures;
+
+-- name: damage
+-- Of a scratch database alone: what a bad day leaves. Requests are gone, and all keys with them.
+truncate comp_ai.requests cascade;
+drop schema comp_ai_keys cascade;

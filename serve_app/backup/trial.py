@@ -7,7 +7,9 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-from serve_app.backup.create import Backups
+from serve_app.backup.contents import query, read_contents
+from serve_app.backup.create import Backups, session
+from serve_app.backup.errors import BackupError
 from serve_app.backup.folder import BackupFolder
 from serve_app.backup.manifest import Contents, Manifest
 from serve_app.backup.programs import PostgresPrograms
@@ -47,12 +49,16 @@ async def verify_deep(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drilled:
-    """What a drill did, and how long it took in seconds."""
+    """What a drill did, and how long it took in seconds.
+
+    `damage` is what was found wrong after it was broken; None where it was not.
+    """
 
     manifest: Manifest
     restored: Restored
     create_s: float
     restore_s: float
+    damage: list[str] | None = None
 
 
 async def drill(
@@ -60,8 +66,12 @@ async def drill(
     server: PostgresSettings,
     restore_of: Callable[[Manifest], Restore],
     scratch: Scratch,
+    *,
+    breaks: bool = False,
 ) -> Drilled:
     """Make a backup, and restore it into a scratch database as after a loss.
+
+    With `breaks` what was restored is then damaged, and restored once more.
 
     Raises:
         BackupError: what was lost could not be brought back; says why.
@@ -72,9 +82,29 @@ async def drill(
     async with scratch as empty:
         restored = await restore_of(manifest).into(empty)
         restored_at = time.monotonic()
+        damage = None
+        if breaks:
+            damage = await _broken(empty, manifest)
+            restored = await restore_of(manifest).into(empty)
     return Drilled(
         manifest=manifest,
         restored=restored,
         create_s=created - started,
         restore_s=restored_at - created,
+        damage=damage,
     )
+
+
+async def _broken(scratch: PostgresSettings, manifest: Manifest) -> list[str]:
+    """Damage a scratch database, and return how it differs from the backup.
+
+    Raises:
+        BackupError: it is not noticed.
+    """
+    async with session(scratch) as connection:
+        await connection.execute(query("damage"))
+        contents = await read_contents(connection)
+    found = manifest.contents.differences(contents)
+    if not found:
+        raise BackupError(f"Damage was not noticed: {manifest.name} holds no request and no key.")
+    return found

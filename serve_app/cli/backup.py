@@ -160,7 +160,7 @@ async def write_keyring(settings: Settings) -> None:
     typer.echo(f"wrote the key ring: {_rows(ring.rows)}")
 
 
-async def rehearse(settings: Settings, scratch: str | None, *, as_json: bool) -> None:
+async def rehearse(settings: Settings, scratch: str | None, *, breaks: bool, as_json: bool) -> None:
     """Back up, restore into a scratch database, verify, drop it; tell times and sizes."""
     folder = _folder(settings)
     async with _opened(settings) as place:
@@ -168,10 +168,17 @@ async def rehearse(settings: Settings, scratch: str | None, *, as_json: bool) ->
         def restore_of(manifest: Manifest) -> Restore:
             return place.restore_of(manifest, folder, _ring(settings, folder, manifest))
 
-        done = await drill(place.backups, place.server.postgres, restore_of, place.scratch(scratch))
+        done = await drill(
+            place.backups,
+            place.server.postgres,
+            restore_of,
+            place.scratch(scratch),
+            breaks=breaks,
+        )
     if as_json:
         times = {"create_s": round(done.create_s, 3), "restore_s": round(done.restore_s, 3)}
-        typer.echo(json.dumps(_told(done.manifest, done.restored) | times))
+        told = _told(done.manifest, done.restored) | times | {"damage": done.damage}
+        typer.echo(json.dumps(told))
         return
     _say_drilled(done)
 
@@ -266,6 +273,8 @@ def _say_drilled(done: Drilled) -> None:
     typer.echo(_line(done.manifest))
     typer.echo(f"created and read back in {done.create_s:.1f} s")
     typer.echo(f"restored into a scratch database and verified in {done.restore_s:.1f} s")
+    if done.damage is not None:
+        typer.echo(f"broken: {'; '.join(done.damage)}; and restored over it")
     _say_restored(done.manifest, done.restored)
 
 

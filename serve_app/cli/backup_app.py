@@ -95,11 +95,17 @@ def keyring() -> None:
 
 
 @app.command("drill")
-def drill(scratch: ScratchOption = None, as_json: JsonOption = False) -> None:
+def drill(
+    scratch: ScratchOption = None,
+    breaks: Annotated[
+        bool, typer.Option("--break", help="Damage the scratch database, and restore it again.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Back up, restore into a scratch database, verify and drop it; tell times and sizes."""
     from serve_app.cli import backup
 
-    asyncio.run(backup.rehearse(_settings(), scratch, as_json=as_json))
+    asyncio.run(backup.rehearse(_settings(), scratch, breaks=breaks, as_json=as_json))
 
 
 def _settings() -> Settings:

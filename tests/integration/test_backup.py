@@ -501,6 +501,22 @@ async def test_a_drill_ends_with_the_database_as_it_was(
     assert (await verify(filled)).intact
 
 
+async def test_a_drill_that_breaks_what_it_restored_notices_and_restores_it_again(
+    database: PostgresSettings,
+    filled: asyncpg.Connection,
+    backups: Backups,
+    maker: PostgresSettings,
+) -> None:
+    scratch = scratch_database(database, maker)
+    done = await drill(
+        backups, database, lambda one: restore_of(backups, one), scratch, breaks=True
+    )
+    assert done.damage is not None
+    assert any(found.startswith("requests has 0 rows") for found in done.damage)
+    assert done.restored.rows == done.manifest.contents.rows
+    assert await scratch_databases(filled) == []
+
+
 async def test_where_no_database_may_be_made_an_empty_one_is_named(
     database: PostgresSettings, empty_database: PostgresSettings, backups: Backups
 ) -> None:
