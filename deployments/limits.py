@@ -39,8 +39,6 @@ class RayLimitMetrics:
     # While it is away nobody is served: a dead replica is to be found soon.
     health_check_period_s=2,
     health_check_timeout_s=10,
-    # In an update the next one waits for the journal, and all gateways wait for it.
-    graceful_shutdown_wait_loop_s=0.1,
     # A line for each call would cost more than the call.
     logging_config={"enable_access_log": False},
 )
