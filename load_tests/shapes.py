@@ -9,15 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+from load_tests.autoscaling.trace import DAY_S, of_day
+
 _STEPS = 5
 _SPIKE_BASE = 0.2
 _SPIKE = (0.4, 0.5)
 _SOAK_RAMP, _SOAK_LEVEL = 0.05, 0.7
-# Part of the busiest hour, at the beginning of each hour of an office's day; assumed.
-_BY_HOUR = (
-    *(0.06, 0.05, 0.04, 0.04, 0.05, 0.08, 0.15, 0.35, 0.70, 0.95, 1.00, 0.95),
-    *(0.70, 0.80, 0.95, 1.00, 0.90, 0.65, 0.40, 0.30, 0.25, 0.20, 0.12, 0.08),
-)
 
 
 def steady(_: float) -> float:
@@ -42,9 +39,7 @@ def soak(part: float) -> float:
 
 def day(part: float) -> float:
     """A day of an office."""
-    hour, over = divmod(part * len(_BY_HOUR), 1)
-    now, then = (_BY_HOUR[(int(hour) + more) % len(_BY_HOUR)] for more in (0, 1))
-    return now + (then - now) * over
+    return of_day(part * DAY_S)
 
 
 SHAPES: Mapping[str, Callable[[float], float]] = {

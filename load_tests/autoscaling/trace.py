@@ -52,7 +52,7 @@ def bursty_day(seed: int, busiest_per_s: float) -> list[Request]:
     requests: list[Request] = []
     for index in range(int(DAY_S / _SLICE_S)):
         begin_s = index * _SLICE_S
-        people_per_s = busiest_per_s * _of_day(begin_s)
+        people_per_s = busiest_per_s * of_day(begin_s)
         people_per_s *= rng.gammavariate(_GAMMA_SHAPE, 1 / _GAMMA_SHAPE)
         coding = 0.5 + 0.4 * math.sin(2 * math.pi * 3 * begin_s / DAY_S + phase)
         requests += _slice(rng, begin_s, people_per_s, coding)
@@ -74,7 +74,8 @@ def _job(rng: Random, busiest_per_s: float) -> _Job:
     return _Job(begin_s, begin_s + length_s, busiest_per_s * rng.uniform(0.3, 0.8))
 
 
-def _of_day(at_s: float) -> float:
+def of_day(at_s: float) -> float:
+    """Return the part of the busiest rate at a time of the day."""
     hour, part = divmod(at_s / 3600, 1)
     now, then = _BY_HOUR[int(hour)], _BY_HOUR[(int(hour) + 1) % 24]
     return now + (then - now) * part
