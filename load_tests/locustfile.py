@@ -17,7 +17,14 @@ from locust import LoadTestShape, between, constant, events, task
 from locust.argument_parser import LocustArgumentParser
 
 from load_tests import shapes
-from load_tests.asking import AskingUser, add_common_options, bucket_ms, judge, run_length_s
+from load_tests.asking import (
+    AskingUser,
+    add_common_options,
+    begin_now,
+    bucket_ms,
+    judge,
+    run_length_s,
+)
 from load_tests.sse import Answer, End
 
 _BATCH_LINES = 20
@@ -25,6 +32,7 @@ _BATCH_POLLS = 300
 _ENDED = ("completed", "failed", "expired", "cancelled")
 
 locust.stats.bucket_response_time = bucket_ms
+events.init.add_listener(begin_now)
 events.quitting.add_listener(judge)
 
 
@@ -32,9 +40,8 @@ events.quitting.add_listener(judge)
 def add_options(parser: LocustArgumentParser) -> None:
     """Add what this file can be told."""
     add_common_options(parser)
-    group = parser.add_argument_group("Users")
-    group.add_argument("--shape", choices=list(shapes.SHAPES), default="steady")
-    group.add_argument("--long-prompt-tokens", type=int, default=2000)
+    parser.add_argument("--shape", choices=list(shapes.SHAPES), default="steady")
+    parser.add_argument("--long-prompt-tokens", type=int, default=2000)
 
 
 class Shape(LoadTestShape):
@@ -48,7 +55,7 @@ class Shape(LoadTestShape):
         options = self.runner.environment.parsed_options
         assert options is not None
         at_s, length_s = self.get_run_time(), run_length_s(options)
-        users = shapes.users_at(options.shape, at_s, length_s=length_s, most=options.users or 1)
+        users = shapes.users_at(options.shape, at_s, length_s=length_s, most=options.num_users or 1)
         return None if users is None else (users, options.spawn_rate or users)
 
 

@@ -22,13 +22,14 @@ from locust import events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.exception import StopUser
 
-from load_tests.asking import AskingUser, add_common_options, bucket_ms, judge
+from load_tests.asking import AskingUser, add_common_options, begin_now, bucket_ms, judge
 from load_tests.traffic import KINDS, Arrival, arrivals, read_trace
 
 # Beyond so many under way the replay is held back, and so no longer true: it says so.
 _MOST_OPEN = 2000
 
 locust.stats.bucket_response_time = bucket_ms
+events.init.add_listener(begin_now)
 events.quitting.add_listener(judge)
 
 
@@ -36,14 +37,13 @@ events.quitting.add_listener(judge)
 def add_options(parser: LocustArgumentParser) -> None:
     """Add what this file can be told."""
     add_common_options(parser)
-    group = parser.add_argument_group("Replay")
-    group.add_argument("--kind", choices=list(KINDS), default="conversation")
-    group.add_argument("--per-s", type=float, default=1.0, help="requests a second in the mean")
-    group.add_argument("--seed", type=int, default=1)
-    group.add_argument("--trace", default="", help="a file of Azure's form instead")
-    group.add_argument("--faster", type=float, default=1.0, help="times as fast as the file")
-    group.add_argument("--most-prompt-tokens", type=int, default=3000)
-    group.add_argument("--most-answer-tokens", type=int, default=1000)
+    parser.add_argument("--kind", choices=list(KINDS), default="conversation")
+    parser.add_argument("--per-s", type=float, default=1.0, help="requests a second in the mean")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--trace", default="", help="a file of Azure's form instead")
+    parser.add_argument("--faster", type=float, default=1.0, help="times as fast as the file")
+    parser.add_argument("--most-prompt-tokens", type=int, default=3000)
+    parser.add_argument("--most-answer-tokens", type=int, default=1000)
 
 
 class ReplayUser(AskingUser):

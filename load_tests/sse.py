@@ -147,6 +147,8 @@ class Client:
                     begun_at=begun_at,
                     leave_after_tokens=leave_after_tokens,
                 )
+                if answer.end is End.DONE:
+                    response.read()  # the end of the body, or the connection could not be kept
             else:
                 _read_whole(response, answer)
         finally:
@@ -202,7 +204,6 @@ class Client:
 def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
     while chunk := response.read1(_READ_BYTES):
         yield chunk
-    response.close()
 
 
 def _read_whole(response: http.client.HTTPResponse, answer: Answer) -> None:
