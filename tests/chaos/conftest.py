@@ -12,7 +12,6 @@ import yaml
 from tests.serve_configs import FAKE_MODEL, add_fake, keep_journals, suite_config
 from tests.sign_in_door import SignInDoor, sign_in_door
 from tests.stack_runner import RunningStack, running_stack
-from tests.watching.prometheus import stack_settings
 
 PAIR = "pair"
 FLOOD = "flood"
@@ -74,7 +73,7 @@ def stack(
     policy["limits"] = {**policy["limits"], **LIMITS}
     issuers = tmp_path_factory.mktemp("issuers") / "issuers.yaml"
     _write_issuers(issuers, door)
-    settings = {**door.settings, **stack_settings(), "COMP_AI_OIDC_ISSUERS": str(issuers)}
+    settings = {**door.settings, "COMP_AI_OIDC_ISSUERS": str(issuers)}
     with running_stack(config, **settings) as running:
         yield running
 

@@ -336,15 +336,37 @@ def test_prometheus_takes_its_configuration(name: str) -> None:
     ran(PROMTOOL, "check", "config", "--syntax-only", FOLDER / "prometheus" / name)
 
 
+def example_with_address() -> str:
+    """Return the example; a webhook's address from a file came after Debian's version."""
+    text = (FOLDER / "alertmanager" / "alertmanager.example.yml").read_text(encoding="utf-8")
+    return text.replace("url_file: /run/secrets/pager_url", "url: http://pager/")
+
+
 @pytest.mark.skipif(AMTOOL is None, reason="no amtool: install Debian's prometheus-alertmanager")
 def test_alertmanager_takes_its_configuration(tmp_path: Path) -> None:
     assert AMTOOL is not None
     ran(AMTOOL, "check-config", FOLDER / "alertmanager" / "alertmanager.yml")
-    # A webhook's address from a file came after Debian's version.
-    example = (FOLDER / "alertmanager" / "alertmanager.example.yml").read_text(encoding="utf-8")
     file = tmp_path / "example.yml"
-    file.write_text(example.replace("url_file: /run/secrets/pager_url", "url: http://pager/"))
+    file.write_text(example_with_address())
     ran(AMTOOL, "check-config", file)
+
+
+@pytest.mark.skipif(AMTOOL is None, reason="no amtool: install Debian's prometheus-alertmanager")
+@pytest.mark.parametrize(("severity", "receiver"), [("page", "pages"), ("ticket", "tickets")])
+def test_each_severity_goes_to_its_receiver(tmp_path: Path, severity: str, receiver: str) -> None:
+    assert AMTOOL is not None
+    file = tmp_path / "example.yml"
+    file.write_text(example_with_address())
+    labels = f"severity={severity}"
+    ran(
+        AMTOOL,
+        "config",
+        "routes",
+        "test",
+        f"--config.file={file}",
+        labels,
+        f"--verify.receivers={receiver}",
+    )
 
 
 def test_what_alertmanager_silences_are_alerts() -> None:

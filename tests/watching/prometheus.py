@@ -30,6 +30,14 @@ _PROGRAMS = (
     "prometheus-postgres-exporter",
 )
 # What a GPU's exporter tells; there is no GPU here, so a page stands in for it.
+# The embedded nginx is built without its page of counters. This one is told in its place, for as
+# long as that nginx answers.
+_NGINX_PAGE = """\
+Active connections: 1
+server accepts handled requests
+ 10 10 10
+Reading: 0 Writing: 1 Waiting: 0
+"""
 GPU_PAGE = """\
 DCGM_FI_DEV_FB_USED{gpu="0"} %d
 DCGM_FI_DEV_FB_FREE{gpu="0"} %d
@@ -46,12 +54,8 @@ def missing_programs() -> list[str]:
 
 def stack_settings() -> dict[str, str]:
     """Return what a stack that is watched needs in its environment."""
-    [port] = free_ports(1)
     # A second is the least that Ray allows.
-    return {
-        "COMP_AI_NGINX_STATUS": f"127.0.0.1:{port}",
-        "RAY_metrics_report_interval_ms": "1000",
-    }
+    return {"RAY_metrics_report_interval_ms": "1000"}
 
 
 @dataclass
@@ -147,9 +151,12 @@ def watched(stack: RunningStack, folder: Path, factor: float = FACTOR) -> Iterat
     with ExitStack() as ending:
         receiver = ending.enter_context(Receiver())
         gpu = ending.enter_context(Page(GPU_PAGE % (50, 50)))
+        counters = ending.enter_context(
+            Page(_NGINX_PAGE, told=lambda: _answers(f"{stack.url}/health"))
+        )
         watch = _prepared(folder, receiver, gpu)
         ending.callback(_end_all, watch)
-        _start_exporters(watch, stack)
+        _start_exporters(watch, stack, counters)
         write_scaled(MONITORING / "prometheus" / "rules", folder / "rules", factor)
         (folder / "prometheus.yml").write_text(configuration(watch, stack))
         (folder / "alertmanager.yml").write_text(alerting(watch))
@@ -218,14 +225,14 @@ def alerting(watch: Watch) -> str:
     return yaml.safe_dump(config)
 
 
-def _start_exporters(watch: Watch, stack: RunningStack) -> None:
+def _start_exporters(watch: Watch, stack: RunningStack, counters: Page) -> None:
     watch.start_node()
     watch.start_blackbox()
     watch.start_door(days=90)
     watch.start(
         "nginx-exporter",
         "prometheus-nginx-exporter",
-        f"-nginx.scrape-uri=http://{stack.env['COMP_AI_NGINX_STATUS']}/stub_status",
+        f"-nginx.scrape-uri=http://127.0.0.1:{counters.port}/stub_status",
         f"-web.listen-address=127.0.0.1:{watch.ports['nginx-exporter:9113']}",
     )
     watch.start(

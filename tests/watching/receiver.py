@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
@@ -58,15 +59,15 @@ class Receiver(_Server):
 
 
 class Page(_Server):
-    """Tells `text` to whoever reads it, as an exporter does."""
+    """Tells `text` to whoever reads it, as an exporter does; 503 where `told` says no."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, told: Callable[[], bool] = lambda: True) -> None:
         self.text = text
         page = self
 
         class Handler(_Quiet):
             def do_GET(self) -> None:
-                self.send_response(200)
+                self.send_response(200 if told() else 503)
                 self.send_header("Content-Type", "text/plain; version=0.0.4")
                 self.end_headers()
                 self.wfile.write(page.text.encode())

@@ -280,7 +280,7 @@ GPU = Stage(
     "full GPU", ("CompAIGpuMemory",), "told by a stand-in page: there is no GPU here", full_gpu
 )
 # Struck together, while clients are served.
-SHORT = (EXPORTER, CERTIFICATE, ENGINE, SIGN_INS, GPU)
+SHORT = (EXPORTER, ENGINE, SIGN_INS, GPU)
 # Nobody is served meanwhile, or nothing is told.
 AWAY = (DOOR, DATABASE, METRICS)
 
