@@ -187,7 +187,9 @@ async def one_round(
     between = max(1, requests // max(1, kills))
     trouble = asyncio.create_task(_trouble(rng, faults, totals))
     try:
-        storm = await rage(stack, victims, rng, WISHES, between=between, at_the_end=between)
+        storm = await rage(
+            stack, victims, rng, WISHES, between=between, at_the_end=between, in_all=requests
+        )
     finally:
         trouble.cancel()
         await asyncio.wait([trouble])

@@ -34,12 +34,14 @@ async def rage(
     *,
     between: int,
     at_the_end: int,
+    in_all: int = 0,
 ) -> Storm:
     """Kill one of each of `victims` in their order while clients ask; return what happened.
 
     Args:
         between: mean number of answers from one kill to the next.
         at_the_end: answers that must still come after the last.
+        in_all: answers that must have come at the end; what the kills kept from coming is made up.
     """
     load = Load(stack.url, stack.bootstrap, wishes, seed=rng.randrange(2**32))
     storm = Storm(seen=load.seen)
@@ -49,7 +51,7 @@ async def rage(
             await _pause(load, rng, between)
             await _kill(stack, victim, rng)
             storm.kills[victim] += 1
-        await load.completed(at_the_end)
+        await load.completed(max(at_the_end, in_all - len(load.seen.completed)))
     finally:
         load.stop()
         await running
