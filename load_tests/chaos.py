@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +296,11 @@ def report(totals: Totals) -> str:
 
 def write(totals: Totals, folder: Path) -> None:
     """Write the results as JSON and as Markdown."""
-    (folder / "chaos.json").write_text(json.dumps(asdict(totals), indent=2) + "\n")
+    raw = {
+        name: dict(value) if isinstance(value, Counter) else value
+        for name, value in vars(totals).items()
+    }
+    (folder / "chaos.json").write_text(json.dumps(raw, indent=2) + "\n")
     (folder / "chaos.md").write_text(report(totals))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,15 @@ class Storm:
     """What was done to a stack, and what its clients saw meanwhile."""
 
     kills: Counter[str] = field(default_factory=Counter)
+    # By the monotonic clock.
+    gateway_kills_s: list[float] = field(default_factory=list)
     seen: Seen = field(default_factory=Seen)
+
+    def note_kill(self, victim: str) -> None:
+        """Remember that one of `victim` was just killed."""
+        self.kills[victim] += 1
+        if victim == "gateway":
+            self.gateway_kills_s.append(time.monotonic())
 
 
 async def rage(
@@ -50,7 +59,7 @@ async def rage(
         for victim in victims:
             await _pause(load, rng, between)
             await _kill(stack, victim, rng)
-            storm.kills[victim] += 1
+            storm.note_kill(victim)
         await load.completed(max(at_the_end, in_all - len(load.seen.completed)))
     finally:
         load.stop()

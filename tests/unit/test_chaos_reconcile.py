@@ -10,7 +10,7 @@ import pytest
 
 from serve_app.fake_engine import FakeEngine, FakeEngineConfig
 from serve_app.fake_journal import CountJournal, read_journals
-from tests.chaos.load import CLIENTS, Seen
+from tests.chaos.load import UNREACHED, Seen
 from tests.chaos.reconcile import compare, forget_counts
 from tests.chaos.storm import Storm
 
@@ -48,17 +48,35 @@ def test_what_is_wrong_is_named(rows: list[dict[str, Any]], words: str) -> None:
 
 
 def test_request_without_row_needs_a_killed_gateway_or_its_word() -> None:
-    storm = _storm(failed={"a": "RemoteProtocolError"})
+    storm = _storm(failed={"a": "RemoteProtocolError"}, times_s={"a": (10.0, 12.0)})
     account = compare(storm, [], COUNTED, given_up=set())
     assert account.wrong == ["1 requests of the engines have no row, explained are 0"]
     told = compare(storm, [], COUNTED, given_up={ROW.hex})
     assert (told.wrong, told.given_up, told.given_up_tokens) == ([], 1, 5)
-    storm.kills["gateway"] = 1
+    storm.gateway_kills_s = [11.0]
     killed = compare(storm, [], COUNTED, given_up=set())
     assert (killed.wrong, killed.unrecorded, killed.unrecorded_tokens) == ([], 1, 5)
-    many = {uuid.UUID(int=n).hex: 1 for n in range(CLIENTS + 1)}
-    storm.seen.failed = {str(n): "cut" for n in range(2 * CLIENTS)}
-    assert compare(storm, [], many, given_up=set()).wrong != []
+
+
+@pytest.mark.parametrize(
+    ("kill_s", "failure", "explained"),
+    [
+        (9.0, "ReadError", 0),  # it was not asked yet
+        (11.0, "ReadError", 1),
+        (40.0, "ReadError", 1),  # its client is gone, and the gateway may still be recording it
+        (43.0, "ReadError", 0),
+        (11.0, UNREACHED, 0),  # it never was at a gateway
+    ],
+)
+def test_killed_gateway_explains_what_it_may_have_had_under_way(
+    kill_s: float, failure: str, explained: int
+) -> None:
+    storm = _storm(failed={"a": failure}, times_s={"a": (10.0, 12.0)})
+    storm.gateway_kills_s = [kill_s]
+    wrong = compare(storm, [], COUNTED, given_up=set()).wrong
+    assert wrong == (
+        [] if explained else ["1 requests of the engines have no row, explained are 0"]
+    )
 
 
 def test_tokens_beyond_the_row_are_those_of_attempts_that_were_cut() -> None:
