@@ -252,6 +252,8 @@ async def run(arguments: argparse.Namespace) -> Totals:
                 totals=totals,
             )
             totals.took_s = time.monotonic() - started_s
+            if arguments.out is not None:
+                write(totals, arguments.out)  # each round, lest an end before the time loses all
             print(
                 f"    so far {totals.requests} requests, {totals.kills.total()} kills", flush=True
             )
@@ -322,8 +324,6 @@ async def main() -> int:
     async with asyncio.timeout(arguments.limit_min * 60):
         totals = await run(arguments)
     print(report(totals))
-    if arguments.out is not None:
-        write(totals, arguments.out)
     for line in totals.wrong:
         print(f"wrong: {line}", file=sys.stderr)
     return 1 if totals.wrong else 0

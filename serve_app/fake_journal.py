@@ -1,15 +1,25 @@
 """What a fake engine counted, on disk token by token: so that it outlives a SIGKILL.
 
 A line goes to the kernel before its token goes out, and the kernel keeps it when the process
-dies. One file for each engine, a line for each step: request id, prompt and completion tokens.
+dies. One file for each engine, a line for each step: request id, prompt and completion tokens,
+and the machine's monotonic clock, which all its processes share.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections import defaultdict
+import time
+from dataclasses import dataclass
 from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Of one request: tokens, prompt and completion, and when the last was counted."""
+
+    tokens: int
+    last_s: float
 
 
 class CountJournal:
@@ -26,14 +36,19 @@ class CountJournal:
 
     def count(self, request_id: str, prompt_tokens: int, completion_tokens: int) -> None:
         """Note tokens of one request; a repeat adds to it."""
-        os.write(self._file, f"{request_id} {prompt_tokens} {completion_tokens}\n".encode())
+        counts = f"{prompt_tokens} {completion_tokens} {time.monotonic():.3f}"
+        os.write(self._file, f"{request_id} {counts}\n".encode())
 
 
-def read_journals(folder: Path) -> dict[str, int]:
-    """Return the tokens that the engines counted, prompt and completion, by request id."""
-    counted: dict[str, int] = defaultdict(int)
+def read_journals(folder: Path) -> dict[str, Counted]:
+    """Return what the engines counted, by request id."""
+    counted: dict[str, Counted] = {}
     for file in folder.glob("*.counts"):
         for line in file.read_text(encoding="ascii").splitlines():
-            request_id, prompt_tokens, completion_tokens = line.split(" ")
-            counted[request_id] += int(prompt_tokens) + int(completion_tokens)
-    return dict(counted)
+            request_id, prompt_tokens, completion_tokens, at_s = line.split(" ")
+            before = counted.get(request_id, Counted(0, 0.0))
+            counted[request_id] = Counted(
+                before.tokens + int(prompt_tokens) + int(completion_tokens),
+                max(before.last_s, float(at_s)),
+            )
+    return counted
