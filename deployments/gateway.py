@@ -21,6 +21,7 @@ from deployments.request_log import RequestLog
 from deployments.seams import RayLimitKeeper, RayModelPool, RayRecordSink
 from deployments.tracing import replica_sink
 from serve_app.accounts.sealing.master_keys import MasterKeys
+from serve_app.accounts.sealing.subject_keys import SubjectKeys
 from serve_app.audit.policy import PolicyJournal
 from serve_app.batches.runner import BatchRunner
 from serve_app.completions import gateway
@@ -38,6 +39,7 @@ from serve_app.read_pool import build_read_pool
 from serve_app.request_line import RequestLines
 from serve_app.settings import TracingSettings, load_settings
 from serve_app.stored.sweeper import Sweeper
+from serve_app.stored.vault import Vault
 from serve_app.tracing.sampling import Sampling
 from serve_app.tracing.spans import SpanSink
 
@@ -114,6 +116,7 @@ class Gateway:
             reports=build_read_pool(settings.postgres, application_name="comp-ai-reports"),
             defaults=Defaults(settings.service.max_tokens, settings.service.temperature),
             masters=self._masters,
+            vault=Vault(SubjectKeys(self._masters)),
             tracing=_tracing(settings.tracing, self._spans),
         )
         self._sweeper = Sweeper(self._parts.database)

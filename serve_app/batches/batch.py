@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from serve_app.batches.words import BatchWords
 from serve_app.config import Bodies, LimitPolicy
 from serve_app.identity.principal import Permission, Principal
 from serve_app.records import PrincipalKind, new_id
@@ -69,16 +70,17 @@ def new_batch_id() -> str:
     return f"batch_{new_id().hex}"
 
 
-def batch_to_openai(row: asyncpg.Record, counts: Counts | None) -> dict[str, Any]:
+def batch_to_openai(
+    row: asyncpg.Record, words: BatchWords, counts: Counts | None
+) -> dict[str, Any]:
     """Return OpenAI's Batch object of a row; `counts` are those of its lines, while it has any."""
     times: dict[str, datetime | None] = {name: row[name] for name in _TIMES}
-    errors = row["errors"]
     return {
         "id": row["id"],
         "object": "batch",
         "endpoint": row["endpoint"],
         "model": row["model"],
-        "errors": None if errors is None else {"object": "list", "data": orjson.loads(errors)},
+        "errors": None if words.errors is None else {"object": "list", "data": words.errors},
         "input_file_id": row["input_file_id"],
         "completion_window": row["completion_window"],
         "status": row["status"],
@@ -90,7 +92,7 @@ def batch_to_openai(row: asyncpg.Record, counts: Counts | None) -> dict[str, Any
             "completed": counts.completed if counts else row["completed"],
             "failed": counts.failed if counts else row["failed"],
         },
-        "metadata": None if row["metadata"] is None else orjson.loads(row["metadata"]),
+        "metadata": words.metadata,
     }
 
 
@@ -157,12 +159,12 @@ class OpenBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One request of a batch, taken under `claim`."""
+    """One request of a batch, taken under `claim`; without a body its key was destroyed."""
 
     batch: OpenBatch
     number: int
     custom_id: str
-    body: bytes
+    body: bytes | None
     claim: uuid.UUID
     attempts: int
     waits: int

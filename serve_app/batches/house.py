@@ -10,20 +10,23 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
-import orjson
-
+from serve_app.accounts.sealing.places import batch_place, line_place
 from serve_app.audit.act import Actor, AuditAct
 from serve_app.audit.log import AuditLog
 from serve_app.audit.refusals import REFUSE
 from serve_app.batches.batch import OpenBatch, Status
+from serve_app.batches.files import read_chunk
 from serve_app.batches.queries import query
 from serve_app.batches.results import write_results
 from serve_app.batches.validation import LineChecker, LineRequest, LineSplitter
 from serve_app.batches.verdict import CANCELLED, EXPIRED
+from serve_app.batches.words import BatchWords, LineWords, batch_words
 from serve_app.config import GatewayConfig
 from serve_app.identity.access import with_access
 from serve_app.lazy_pool import Connection, LazyPool
+from serve_app.stored.vault import Vault
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +41,11 @@ _NO_FILE = {
 
 
 class House:
-    """Every method raises StoreUnavailable without PostgreSQL."""
+    """Every method raises StoreUnavailable without PostgreSQL or a key."""
 
-    def __init__(self, pool: LazyPool) -> None:
+    def __init__(self, pool: LazyPool, vault: Vault) -> None:
         self._pool = pool
+        self._vault = vault
 
     async def tend(self, batch: OpenBatch, config: GatewayConfig) -> bool:
         """Take the next step of `batch`, if there is one; tell whether it was begun by that."""
@@ -93,8 +97,7 @@ class House:
             # Wrong, or cancelled meanwhile.
             await connection.execute(query("drop_lines"), batch.id)
             if errors:
-                listed = orjson.dumps(errors).decode()
-                await connection.execute(query("fail_batch"), batch.id, listed)
+                await self._fail(connection, batch, errors)
                 await AuditLog().append_all(connection, _refusals(batch, checker))
                 _log(batch, "batch_failed")
         return False
@@ -113,16 +116,45 @@ class House:
         splitter = LineSplitter(config.max_body_bytes)
         read_bytes = number = 0
         while read_bytes < file["bytes"] and not checker.full:
-            chunk = await connection.fetchval(query("read_chunk"), batch.input_file_id, number)
+            chunk = await read_chunk(connection, self._vault, batch.input_file_id, number)
             if chunk is None:
                 return False
             checked = [checker.check(*line) for line in splitter.feed(chunk)]
-            await _insert(connection, batch, [line for line in checked if line is not None])
+            await self._insert(connection, batch, [line for line in checked if line is not None])
             read_bytes += len(chunk)
             number += 1
         checked = [checker.check(*line) for line in splitter.last()]
-        await _insert(connection, batch, [line for line in checked if line is not None])
+        await self._insert(connection, batch, [line for line in checked if line is not None])
         return True
+
+    async def _insert(
+        self, connection: Connection, batch: OpenBatch, lines: list[LineRequest]
+    ) -> None:
+        if not lines:
+            return
+        texts = [
+            (line_place(batch.id, line.number), LineWords(line.custom_id, line.body).dump())
+            for line in lines
+        ]
+        sealed = await self._vault.seal(connection, batch.owner, texts)
+        await connection.execute(
+            query("add_lines"),
+            batch.id,
+            [line.number for line in lines],
+            [one.key_id for one in sealed],
+            [one.sealed for one in sealed],
+        )
+
+    async def _fail(
+        self, connection: Connection, batch: OpenBatch, errors: list[dict[str, Any]]
+    ) -> None:
+        row = await connection.fetchrow(query("batch_words"), batch.id)
+        assert row is not None  # its status was read in this transaction
+        [text] = await self._vault.open(connection, [batch_words(row)])
+        words = replace(BatchWords.load(text), errors=errors)
+        place = batch_place(batch.id)
+        [one] = await self._vault.seal(connection, batch.owner, [(place, words.dump())])
+        await connection.execute(query("fail_batch"), batch.id, one.key_id, one.sealed)
 
     # The end.
 
@@ -140,23 +172,12 @@ class House:
             if connection is None or await connection.fetchval(query("lines_are_open"), batch.id):
                 return
             output, errors, counts = await write_results(
-                connection, batch, config.files.retention_s
+                connection, self._vault, batch, config.files.retention_s
             )
             await connection.execute(query("drop_lines"), batch.id)
             values = (batch.status, output.id, errors.id, counts.completed, counts.failed)
             await connection.execute(query("end_batch"), batch.id, *values)
             _log(batch, "batch_ended")
-
-
-async def _insert(connection: Connection, batch: OpenBatch, lines: list[LineRequest]) -> None:
-    if lines:
-        await connection.execute(
-            query("add_lines"),
-            batch.id,
-            [line.number for line in lines],
-            [line.custom_id for line in lines],
-            [line.body for line in lines],
-        )
 
 
 def _refusals(batch: OpenBatch, checker: LineChecker) -> list[AuditAct]:

@@ -183,7 +183,8 @@ class _Files:
 
     @property
     def _store(self) -> FileStore:
-        return FileStore(self._gateway().parts.database)
+        parts = self._gateway().parts
+        return FileStore(parts.database, parts.vault)
 
     async def upload(self, principal: Principal, request: Request) -> Document:
         """Keep an upload."""
@@ -253,7 +254,8 @@ class _Batches:
 
     @property
     def _store(self) -> BatchStore:
-        return BatchStore(self._gateway().parts.database)
+        parts = self._gateway().parts
+        return BatchStore(parts.database, parts.vault)
 
     async def create(self, principal: Principal, request: Request) -> Document:
         """Keep a new batch."""
@@ -287,8 +289,9 @@ class _Batches:
         return handler
 
     async def _check_file(self, principal: Principal, file_id: str) -> None:
+        parts = self._gateway().parts
         try:
-            file = await FileStore(self._gateway().parts.database).find(principal.id, file_id)
+            file = await FileStore(parts.database, parts.vault).find(principal.id, file_id)
         except NotFound:
             message = "You have no file of that id. Upload one with POST /v1/files."
             raise InvalidRequest(message, param="input_file_id") from None

@@ -6,10 +6,12 @@ select pg_advisory_xact_lock(hashtextextended('comp_ai.files of ' || $1, 0));
 
 -- name: add_file
 -- Not one byte more than the owner may have.
-insert into comp_ai.files (id, owner, purpose, filename, bytes, status, expires_at)
-select $1, $2::text, $3, $4, $5::bigint, 'uploading', now() + make_interval(secs => $6)
-where $5::bigint + coalesce(
-    (select sum(bytes) from comp_ai.files where owner = $2::text and expires_at > now()), 0) <= $7
+insert into comp_ai.files
+    (id, owner, purpose, filename, bytes, status, expires_at, key_id, sealed)
+select $1, $2::text, $3, '', $4::bigint, 'uploading', now() + make_interval(secs => $5),
+       $7::uuid, $8::bytea
+where $4::bigint + coalesce(
+    (select sum(bytes) from comp_ai.files where owner = $2::text and expires_at > now()), 0) <= $6
 returning *;
 
 -- name: add_result_file
@@ -20,7 +22,7 @@ values ($1, $2, 'batch_output', $3, 0, 'processed', now() + make_interval(secs =
 update comp_ai.files set bytes = $2 where id = $1;
 
 -- name: add_chunk
-insert into comp_ai.file_chunks (file_id, number, content) values ($1, $2, $3);
+insert into comp_ai.file_chunks (file_id, number, key_id, sealed) values ($1, $2, $3, $4);
 
 -- name: publish_file
 update comp_ai.files set status = 'processed' where id = $1 returning *;
@@ -49,7 +51,7 @@ where owner = $1 and status = 'processed' and expires_at > now()
 order by id desc limit $4;
 
 -- name: read_chunk
-select content from comp_ai.file_chunks where file_id = $1 and number = $2;
+select content, key_id, sealed from comp_ai.file_chunks where file_id = $1 and number = $2;
 
 -- name: sweep_chunks
 -- Before their file, so that no step takes long. An upload that did not end within an hour
@@ -88,10 +90,11 @@ delete from comp_ai.batches where id in (
 -- name: add_batch
 insert into comp_ai.batches
     (id, owner, principal, api_key_id, endpoint, completion_window, input_file_id,
-     output_expires_after_s, status, metadata, expires_at, keep_until)
-select $1, $2::text, $3, $4, $5, $6, $7, $8, 'validating', $9,
-       now() + make_interval(secs => $10), now() + make_interval(secs => $11)
-where $12 > (
+     output_expires_after_s, status, expires_at, keep_until, key_id, sealed)
+select $1, $2::text, $3, $4, $5, $6, $7, $8, 'validating',
+       now() + make_interval(secs => $9), now() + make_interval(secs => $10),
+       $12::uuid, $13::bytea
+where $11 > (
     select count(*) from comp_ai.batches
     where owner = $2::text
       and status in ('validating', 'in_progress', 'finalizing', 'cancelling'))
@@ -120,7 +123,7 @@ from comp_ai.batch_lines where batch_id = any($1::text[]) group by batch_id;
 select id, owner, principal, endpoint, status, input_file_id, output_expires_after_s,
        expires_at <= now() as overdue,
        not exists (select 1 from comp_ai.batch_lines l
-                   where l.batch_id = b.id and l.ready_at is not null) as settled
+                   where l.batch_id = b.id and l.ready_at < 'infinity') as settled
 from comp_ai.batches b
 where status in ('validating', 'in_progress', 'finalizing', 'cancelling')
 order by id limit 1000;
@@ -134,12 +137,15 @@ select pg_try_advisory_xact_lock(hashtextextended('comp_ai.batches ' || $1, 0));
 select status from comp_ai.batches where id = $1;
 
 -- name: add_lines
-insert into comp_ai.batch_lines (batch_id, number, custom_id, body)
-select $1, number, custom_id, body
-from unnest($2::integer[], $3::text[], $4::bytea[]) as line (number, custom_id, body);
+insert into comp_ai.batch_lines (batch_id, number, custom_id, key_id, sealed)
+select $1, number, '', key_id, sealed
+from unnest($2::integer[], $3::uuid[], $4::bytea[]) as line (number, key_id, sealed);
 
 -- name: drop_lines
 delete from comp_ai.batch_lines where batch_id = $1;
+
+-- name: batch_words
+select id, metadata, errors, key_id, sealed from comp_ai.batches where id = $1;
 
 -- name: begin_batch
 update comp_ai.batches
@@ -147,7 +153,8 @@ set status = 'in_progress', in_progress_at = now(), total = $2, model = $3
 where id = $1 and status = 'validating' returning id;
 
 -- name: fail_batch
-update comp_ai.batches set status = 'failed', failed_at = now(), errors = $2
+update comp_ai.batches set status = 'failed', failed_at = now(), key_id = $2, sealed = $3,
+    metadata = null
 where id = $1 and status = 'validating' returning id;
 
 -- name: claim_line
@@ -166,7 +173,8 @@ update comp_ai.batch_lines l
 set state = 'running', claim = gen_random_uuid(), ready_at = now() + make_interval(secs => $2)
 from next
 where l.batch_id = next.batch_id and l.number = next.number
-returning l.number, l.custom_id, l.body, l.claim, l.attempts, l.waits,
+returning l.batch_id, l.number, l.custom_id, l.body, l.key_id, l.sealed, l.claim, l.attempts,
+    l.waits,
     exists (
         select 1 from comp_ai.batches b
         where b.id = l.batch_id and b.api_key_id is not null and not exists (
@@ -187,8 +195,8 @@ returning l.claim;
 
 -- name: finish_line
 update comp_ai.batch_lines
-set state = $4, status_code = $5, request_id = $6, response = $7, error_code = $8,
-    error_message = $9, ready_at = null, claim = null, body = null
+set state = $4, status_code = $5, request_id = $6, error_code = $7, error_message = $8,
+    key_id = $9, sealed = $10, ready_at = 'infinity', claim = null, custom_id = '', body = null
 where batch_id = $1 and number = $2 and claim = $3
 returning number;
 
@@ -211,19 +219,21 @@ where id = $1 and status = 'in_progress';
 -- Those that run at a living gateway are left to it: it gives them up at its next renewal.
 with open as (
     select batch_id, number from comp_ai.batch_lines
-    where batch_id = $1 and ready_at is not null and (state = 'pending' or ready_at <= now())
+    where batch_id = $1 and ready_at < 'infinity' and (state = 'pending' or ready_at <= now())
     for update skip locked
 )
 update comp_ai.batch_lines l
-set state = $2, error_code = $3, error_message = $4, ready_at = null, claim = null, body = null
+set state = $2, error_code = $3, error_message = $4, claim = null, body = null,
+    ready_at = case when l.sealed is not null then 'infinity'::timestamptz end
 from open where l.batch_id = open.batch_id and l.number = open.number;
 
 -- name: lines_are_open
 select exists (
-    select 1 from comp_ai.batch_lines where batch_id = $1 and ready_at is not null);
+    select 1 from comp_ai.batch_lines where batch_id = $1 and ready_at < 'infinity');
 
 -- name: results
-select number, custom_id, state, status_code, request_id, response, error_code, error_message
+select batch_id, number, custom_id, state, status_code, request_id, response, error_code,
+       error_message, key_id, sealed
 from comp_ai.batch_lines where batch_id = $1 order by number;
 
 -- name: end_batch

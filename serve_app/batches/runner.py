@@ -19,7 +19,15 @@ from serve_app.batches.batch import Line, LineState, Status
 from serve_app.batches.house import House
 from serve_app.batches.metrics import BatchMetrics, NoBatchMetrics
 from serve_app.batches.rotation import Rotation
-from serve_app.batches.verdict import REVOKED, Finished, Postponed, Verdict, backoff_s, judge
+from serve_app.batches.verdict import (
+    DESTROYED,
+    REVOKED,
+    Finished,
+    Postponed,
+    Verdict,
+    backoff_s,
+    judge,
+)
 from serve_app.batches.work import BatchWork
 from serve_app.completions.gateway import Gateway
 from serve_app.completions.kinds import Kind
@@ -54,8 +62,8 @@ class BatchRunner:
         self._gateway = gateway
         self._metrics = metrics or NoBatchMetrics()
         self._pulse = pulse or Pulse()
-        self._work = BatchWork(gateway.parts.database)
-        self._house = House(gateway.parts.database)
+        self._work = BatchWork(gateway.parts.database, gateway.parts.vault)
+        self._house = House(gateway.parts.database, gateway.parts.vault)
         self._rotation = Rotation()
         self._held: dict[uuid.UUID, tuple[Line, asyncio.Task[None]]] = {}
         self._change = asyncio.Event()
@@ -160,6 +168,8 @@ class BatchRunner:
     async def _verdict(self, line: Line) -> Verdict:
         if line.revoked:
             return REVOKED
+        if line.body is None:
+            return DESTROYED
         standing = self._gateway.config.standings.batch
         on_behalf = OnBehalf(principal=line.batch.principal, standing=standing)
         answered = await self._gateway.answer_for(

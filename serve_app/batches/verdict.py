@@ -48,6 +48,11 @@ REVOKED = Finished(
     error_code=AuthenticationFailed.code,
     error_message="The API key that made this batch was revoked, is expired or is gone.",
 )
+DESTROYED = Finished(
+    state=LineState.FAILED,
+    error_code="text_destroyed",
+    error_message="What was stored of this request was erased.",
+)
 CANCELLED = Finished(
     state=LineState.CANCELLED,
     error_code="batch_cancelled",

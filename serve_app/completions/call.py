@@ -103,7 +103,7 @@ class Call:
             client_address=client_address(request),
             trace=None if tracing is None else tracing.begin(traceparent),
         )
-        self._keyed = Keyed(config, parts.database, self.exchange)
+        self._keyed = Keyed(config, parts.database, parts.vault, self.exchange)
         self._finishing = Finishing(config, parts, spawn, self.exchange)
 
     # The way there.

@@ -38,7 +38,8 @@ class Gateway:
         # lease away before the engine could close its account. So they run in this context.
         self._context = contextvars.copy_context()
         self._sign_ins = SignIns(parts.authenticator, parts.metrics)
-        self.responses = Responses(ResponseStore(parts.database), self._make_response, self._spawn)
+        store = ResponseStore(parts.database, parts.vault)
+        self.responses = Responses(store, self._make_response, self._spawn)
 
     async def complete(self, kind: Kind, request: Request, send: Send) -> None:
         """Answer a completion request."""

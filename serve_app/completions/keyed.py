@@ -13,6 +13,7 @@ from serve_app.identity.principal import Principal
 from serve_app.lazy_pool import LazyPool
 from serve_app.stored import idempotency
 from serve_app.stored.idempotency import Claim, KeyUse, StoredAnswer, read_key
+from serve_app.stored.vault import Vault
 
 _NO_KEYS = (
     "Answers to such requests are not kept in full (`bodies: {}`), so none can be sent again. "
@@ -23,9 +24,12 @@ _NO_KEYS = (
 class Keyed:
     """The hold of one request on its key; without a key nothing happens here."""
 
-    def __init__(self, config: GatewayConfig, database: LazyPool, exchange: Exchange) -> None:
+    def __init__(
+        self, config: GatewayConfig, database: LazyPool, vault: Vault, exchange: Exchange
+    ) -> None:
         self._config = config
         self._database = database
+        self._vault = vault
         self._exchange = exchange
         self._claim: Claim | None = None
         self.replay: StoredAnswer | None = None
@@ -46,7 +50,7 @@ class Keyed:
             message = _NO_KEYS.format(exchange.bodies)
             raise UnsupportedParameter(message, param="Idempotency-Key")
         use = KeyUse.of(principal.id, key, exchange.route, exchange.request_body or b"")
-        self._claim = Claim(self._database, self._config.idempotency, use)
+        self._claim = Claim(self._database, self._vault, self._config.idempotency, use)
         self.replay = await self._claim.take()
         return self.replay is not None
 

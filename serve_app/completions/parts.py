@@ -20,6 +20,7 @@ from serve_app.metrics import GatewayMetrics
 from serve_app.queueing.pool import QueuedPool
 from serve_app.read_pool import ReadPool
 from serve_app.request_line import RequestLines
+from serve_app.stored.vault import Vault
 from serve_app.tracing.sampling import RequestTrace, Sampling
 from serve_app.tracing.spans import SpanSink
 
@@ -83,6 +84,8 @@ class Parts:
     defaults: Defaults
     # What the keys of subjects are wrapped with.
     masters: MasterKeys
+    # Seals and opens what callers store, with those keys.
+    vault: Vault
     # None while tracing is off.
     tracing: Tracing | None = None
 

@@ -90,10 +90,10 @@ class BackgroundRuns:
         self._closing.set()
 
     async def _run(self, draft: Draft) -> None:
-        queued = draft.stored.response
-        if not await self._keep({**queued, "status": "in_progress"}):
+        queued, owner = draft.stored.response, draft.stored.principal_id
+        if not await self._keep({**queued, "status": "in_progress"}, owner):
             return
-        await self._keep(ended(queued, await self._answer(draft)))
+        await self._keep(ended(queued, await self._answer(draft)), owner)
 
     async def _answer(self, draft: Draft) -> Answered:
         """Ask until there is room, the time is over, or this gateway stops."""
@@ -107,12 +107,12 @@ class BackgroundRuns:
                 return answered
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 
-    async def _keep(self, response: dict[str, Any]) -> bool:
+    async def _keep(self, response: dict[str, Any], principal_id: str) -> bool:
         """Put `response` into the table; tell whether it is still wanted there."""
         over_s = time.monotonic() + _KEEP_TRYING_S
         while True:
             try:
-                return await self._store.advance(response)
+                return await self._store.advance(response, principal_id)
             except RequestError as error:
                 if time.monotonic() > over_s or await self._closes_within(BEAT_S):
                     logger.error(

@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from serve_app.accounts.sealing.cells import Cell, cell
+from serve_app.accounts.sealing.places import answer_place
 from serve_app.config import IdempotencyConfig
 from serve_app.errors import (
     AnswerNotKept,
@@ -26,9 +28,10 @@ from serve_app.errors import (
     InvalidRequest,
     RequestError,
 )
-from serve_app.lazy_pool import LazyPool
+from serve_app.lazy_pool import Connection, LazyPool
 from serve_app.records import new_id
 from serve_app.sql import named_queries
+from serve_app.stored.vault import Vault
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +39,9 @@ HEADER = "idempotency-key"
 REPLAYED = {"idempotent-replayed": "true"}
 
 MAX_KEY_CHARS = 255
-_CLAIMED, _ANSWERED, _NOT_KEPT = "claimed", "answered", "not_kept"
+# The release before writes `answered`, with the answer in the clear, and reads it; `sealed` is to
+# it a request under way.
+_ANSWERED, _SEALED, _NOT_KEPT = "answered", "sealed", "not_kept"
 # A string of RFC 9651 §3.3.3: what the draft asks for. Most clients send the bare key.
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
 _ESCAPED = re.compile(r'\\(["\\])')
@@ -94,8 +99,8 @@ class StoredAnswer:
     body: bytes
 
 
-def judge(use: KeyUse, row: Mapping[str, Any]) -> StoredAnswer:
-    """Return the answer that `row` holds for `use` of its key.
+def judge(use: KeyUse, row: Mapping[str, Any]) -> Cell:
+    """Return the answer that `row` holds for `use` of its key, as it is stored.
 
     Raises:
         IdempotencyMismatch: the key was used for something else.
@@ -106,13 +111,19 @@ def judge(use: KeyUse, row: Mapping[str, Any]) -> StoredAnswer:
         raise IdempotencyMismatch
     if row["state"] == _NOT_KEPT:
         raise AnswerNotKept
-    if row["state"] != _ANSWERED:
+    if row["state"] not in (_ANSWERED, _SEALED):
         # How long it will take is not known. Waiting as long again as it took until now asks
         # few times, and never waits for more than twice what was needed.
         raise IdempotencyConflict(retry_after_s=min(row["age_s"], _MOST_RETRY_AFTER_S))
-    return StoredAnswer(
-        status=row["status"], media_type=row["media_type"], body=bytes(row["answer"])
-    )
+    return stored_answer(row, use.principal_id, use.key)
+
+
+def stored_answer(row: Mapping[str, Any], principal_id: str, key: str) -> Cell:
+    """Return the answer in a row, as it is stored."""
+    # The release before leaves what was sealed there under an earlier use of the key.
+    if row["state"] == _ANSWERED:
+        return bytes(row["answer"])
+    return cell(row, answer_place(principal_id, key)) if row["state"] == _SEALED else None
 
 
 class Claim:
@@ -121,8 +132,11 @@ class Claim:
     A claim that nobody renews, because its gateway died, ends by itself after `claim_s`.
     """
 
-    def __init__(self, database: LazyPool, config: IdempotencyConfig, use: KeyUse) -> None:
+    def __init__(
+        self, database: LazyPool, vault: Vault, config: IdempotencyConfig, use: KeyUse
+    ) -> None:
         self._database = database
+        self._vault = vault
         self._config = config
         self._use = use
         self._owner: uuid.UUID = new_id()
@@ -134,7 +148,7 @@ class Claim:
 
         Raises:
             IdempotencyConflict, IdempotencyMismatch, AnswerNotKept: see `judge`.
-            StoreUnavailable: PostgreSQL is away.
+            StoreUnavailable: PostgreSQL or the key of the answer is away.
         """
         # Noted before the statement goes out: if this dies in there, the claim is given back.
         self._held = True
@@ -144,9 +158,9 @@ class Claim:
                     self._renewing = asyncio.create_task(self._renew(), name="renew-claim")
                     return None
                 row = await connection.fetchrow(_query("look"), *self._name())
-            if row is not None:
-                self._held = False
-                return judge(self._use, dict(row))
+                if row is not None:
+                    self._held = False
+                    return await self._replayed(connection, dict(row))
             # Given back between the two statements.
         raise IdempotencyConflict(retry_after_s=1)
 
@@ -183,12 +197,18 @@ class Claim:
     async def _keep(self, answer: StoredAnswer) -> bool:
         while True:
             try:
-                async with self._database.connection() as connection:
+                async with self._database.connection() as connection, connection.transaction():
                     # False where the claim had ended and is another request's now.
-                    return bool(await connection.fetchval(*self._update(answer)))
+                    return bool(await connection.fetchval(*await self._update(connection, answer)))
             except RequestError as error:
                 # A connection that was cut is not yet a server that is away.
                 await asyncio.sleep(error.retry_after_s or 1.0)
+
+    async def _replayed(self, connection: Connection, row: dict[str, Any]) -> StoredAnswer:
+        [body] = await self._vault.open(connection, [judge(self._use, row)])
+        if body is None:
+            raise AnswerNotKept  # its key was destroyed
+        return StoredAnswer(status=row["status"], media_type=row["media_type"], body=body)
 
     async def _renew(self) -> None:
         while True:
@@ -213,10 +233,12 @@ class Claim:
         more = (use.route, use.fingerprint, self._owner, config.claim_s, config.keep_s)
         return _query("claim"), *self._name(), *more
 
-    def _update(self, answer: StoredAnswer) -> tuple[Any, ...]:
-        fits = len(answer.body) <= self._config.max_stored_bytes
-        kept = (_ANSWERED, answer.status, answer.media_type, answer.body)
-        state = kept if fits else (_NOT_KEPT, answer.status, answer.media_type, None)
+    async def _update(self, connection: Connection, answer: StoredAnswer) -> tuple[Any, ...]:
+        state: tuple[Any, ...] = (_NOT_KEPT, answer.status, answer.media_type, None, None)
+        if len(answer.body) <= self._config.max_stored_bytes:
+            text = answer_place(*self._name()), answer.body
+            [one] = await self._vault.seal(connection, self._use.principal_id, [text])
+            state = (_SEALED, answer.status, answer.media_type, one.key_id, one.sealed)
         return _query("answered"), *self._name(), self._owner, *state, self._config.keep_s
 
 

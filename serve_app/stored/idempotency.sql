@@ -16,13 +16,15 @@ on conflict (principal_id, key) do update set
     status = null,
     media_type = null,
     answer = null,
+    key_id = null,
+    sealed = null,
     created_at = now(),
     expires_at = excluded.expires_at
 where held.expires_at <= now() or (held.state = 'claimed' and held.claim_expires_at <= now())
 returning true;
 
 -- name: look
-select route, fingerprint, state, status, media_type, answer,
+select route, fingerprint, state, status, media_type, answer, key_id, sealed,
        extract(epoch from now() - created_at)::double precision as age_s
 from comp_ai.idempotency_keys
 where principal_id = $1 and key = $2;
@@ -35,8 +37,8 @@ returning true;
 
 -- name: answered
 update comp_ai.idempotency_keys
-set state = $4, status = $5, media_type = $6, answer = $7,
-    expires_at = now() + make_interval(secs => $8)
+set state = $4, status = $5, media_type = $6, key_id = $7, sealed = $8,
+    expires_at = now() + make_interval(secs => $9)
 where principal_id = $1 and key = $2 and owner = $3 and state = 'claimed'
 returning true;
 

@@ -57,12 +57,12 @@ def input_items(given: object) -> list[InputItem]:
     return [InputItem.of(item) for item in given] if isinstance(given, list) else []
 
 
-def dump_items(items: Iterable[InputItem]) -> str:
+def dump_items(items: Iterable[InputItem]) -> bytes:
     """Return `items` as JSON, for the store."""
-    return orjson.dumps([{"id": one.id, "item": one.item} for one in items]).decode()
+    return orjson.dumps([{"id": one.id, "item": one.item} for one in items])
 
 
-def load_items(text: str) -> list[InputItem]:
+def load_items(text: bytes) -> list[InputItem]:
     """Return what `dump_items` wrote."""
     return [InputItem(one["id"], one["item"]) for one in orjson.loads(text)]
 

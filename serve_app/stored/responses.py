@@ -1,21 +1,25 @@
 """The responses that are kept for their callers, in PostgreSQL.
 
-Only the principal that made a response finds it. Nothing of what it holds goes into an error or
-a log line.
+Only the principal that made a response finds it. What it holds is sealed with the key of that
+principal, and nothing of it goes into an error or a log line. A response whose key was destroyed
+is not there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
+from serve_app.accounts.sealing.cells import Cell, Row, cell
+from serve_app.accounts.sealing.places import response_items_place, response_place
 from serve_app.errors import InvalidRequest, ResponseNotFound
-from serve_app.lazy_pool import LazyPool
+from serve_app.lazy_pool import Connection, LazyPool
 from serve_app.sql import named_queries
 from serve_app.stored.items import InputItem, dump_items, load_items, output_items
+from serve_app.stored.vault import Vault
 
 # Longest conversation that `previous_response_id` continues.
 MAX_CHAIN = 200
@@ -56,11 +60,24 @@ class Conversation:
 NOTHING_BEFORE = Conversation((), ())
 
 
-class ResponseStore:
-    """The table of responses. Raises StoreUnavailable while PostgreSQL is away."""
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A response of a conversation, opened."""
 
-    def __init__(self, pool: LazyPool) -> None:
+    response: dict[str, Any]
+    items: list[InputItem]
+
+    def added(self) -> list[InputItem]:
+        """Return what it added to the conversation."""
+        return self.items + output_items(self.response)
+
+
+class ResponseStore:
+    """The table of responses. Raises StoreUnavailable while PostgreSQL or a key is away."""
+
+    def __init__(self, pool: LazyPool, vault: Vault) -> None:
         self._pool = pool
+        self._vault = vault
         self._sql = named_queries("serve_app.stored", "responses.sql")
 
     async def check(self) -> None:
@@ -70,7 +87,12 @@ class ResponseStore:
 
     async def add(self, stored: StoredResponse) -> None:
         """Keep a new response."""
+        texts = (
+            (response_place(stored.id), orjson.dumps(stored.response)),
+            (response_items_place(stored.id), dump_items(stored.items)),
+        )
         async with self._pool.connection() as connection, connection.transaction():
+            response, items = await self._vault.seal(connection, stored.principal_id, texts)
             await connection.execute(
                 self._sql["insert_response"],
                 stored.id,
@@ -79,9 +101,9 @@ class ResponseStore:
                 stored.response["status"],
                 stored.background,
                 stored.previous_id,
-                _dump(stored.response),
-                dump_items(stored.items),
                 stored.keep_s,
+                *(response.key_id, response.sealed),
+                *(items.key_id, items.sealed),
             )
             if stored.chain:
                 await connection.execute(self._sql["prolong"], list(stored.chain), stored.keep_s)
@@ -92,9 +114,9 @@ class ResponseStore:
             row = await connection.fetchrow(
                 self._sql["find_response"], response_id, principal_id, ABANDONED_S
             )
-        if row is None:
-            raise not_found(response_id)
-        return _seen(row["response"], abandoned=row["abandoned"])
+            if row is None:
+                raise not_found(response_id)
+            return await self._seen(connection, row)
 
     async def conversation(
         self, response_id: str, principal_id: str, max_bytes: int
@@ -105,7 +127,7 @@ class ResponseStore:
             ResponseNotFound: it, or one that it continues, is not there.
             InvalidRequest: it has no answer to continue, or the conversation is too long.
         """
-        rows = await self._chain(response_id, principal_id, MAX_CHAIN, max_bytes)
+        rows, turns = await self._chain(response_id, principal_id, MAX_CHAIN, max_bytes)
         if not rows:
             raise not_found(response_id, param="previous_response_id")
         oldest, newest = rows[0], rows[-1]
@@ -123,7 +145,9 @@ class ResponseStore:
                 "has ended with an answer can be continued.",
                 param="previous_response_id",
             )
-        return Conversation([row["id"] for row in rows], [i for r in rows for i in _turn(r)])
+        if None in turns:
+            raise not_found(response_id, param="previous_response_id")
+        return Conversation([row["id"] for row in rows], _added(turns))
 
     async def input_items(
         self, response_id: str, principal_id: str, max_bytes: int
@@ -131,11 +155,11 @@ class ResponseStore:
         """Return what the model was given for a response, oldest first: the conversation that
         it continues, as far as it is still there, and its own items. Raises ResponseNotFound.
         """
-        rows = await self._chain(response_id, principal_id, MAX_CHAIN, max_bytes)
-        if not rows:
+        _, turns = await self._chain(response_id, principal_id, MAX_CHAIN, max_bytes)
+        *earlier, last = turns or [None]
+        if last is None:
             raise not_found(response_id)
-        *earlier, last = rows
-        return [i for row in earlier for i in _turn(row)] + load_items(last["input_items"])
+        return _added(earlier) + last.items
 
     async def delete(self, response_id: str, principal_id: str) -> None:
         """Remove a response; one that is under way ends. Raises ResponseNotFound."""
@@ -164,24 +188,19 @@ class ResponseStore:
                     "connection to end any other.",
                     param="response_id",
                 )
-            response = _seen(row["response"], abandoned=row["abandoned"])
+            response = await self._seen(connection, row)
             if response["status"] in _UNDER_WAY:
                 response = {**response, "status": "cancelled"}
-                await connection.execute(
-                    self._sql["advance"], response_id, "cancelled", _dump(response)
-                )
+                await self._advance(connection, response, principal_id)
             return response
 
-    async def advance(self, response: dict[str, Any]) -> bool:
+    async def advance(self, response: dict[str, Any], principal_id: str) -> bool:
         """Put `response` in the place of its earlier state.
 
         Returns False, and changes nothing, if it was cancelled or deleted meanwhile.
         """
-        async with self._pool.connection() as connection:
-            found = await connection.fetchval(
-                self._sql["advance"], response["id"], response["status"], _dump(response)
-            )
-        return found is not None
+        async with self._pool.connection() as connection, connection.transaction():
+            return await self._advance(connection, response, principal_id)
 
     async def beat(self, response_ids: Sequence[str]) -> set[str]:
         """Say that these are still run; return those that are still to be."""
@@ -189,13 +208,39 @@ class ResponseStore:
             rows = await connection.fetch(self._sql["beat"], list(response_ids))
         return {row["id"] for row in rows}
 
+    async def _advance(
+        self, connection: Connection, response: dict[str, Any], principal_id: str
+    ) -> bool:
+        text = response_place(response["id"]), orjson.dumps(response)
+        [one] = await self._vault.seal(connection, principal_id, [text])
+        values = response["id"], response["status"], one.key_id, one.sealed
+        return await connection.fetchval(self._sql["advance"], *values) is not None
+
     async def _chain(
         self, response_id: str, principal_id: str, depth: int, max_bytes: int
-    ) -> list[Any]:
+    ) -> tuple[list[Any], list[_Turn | None]]:
+        """Return the rows, the oldest first, and what they hold; None where the key is gone."""
         async with self._pool.connection() as connection:
-            return await connection.fetch(
+            rows = await connection.fetch(
                 self._sql["chain"], response_id, principal_id, depth, max_bytes
             )
+            texts = await self._vault.open(
+                connection, [one for row in rows for one in response_texts(row)]
+            )
+        pairs = zip(texts[::2], texts[1::2], strict=True)
+        return rows, [_turn(response, items) for response, items in pairs]
+
+    async def _seen(self, connection: Connection, row: Any) -> dict[str, Any]:
+        """Return the response in a row. Raises ResponseNotFound where its key was destroyed."""
+        [text] = await self._vault.open(
+            connection, [cell(row, response_place(row["id"]), plain="response")]
+        )
+        if text is None:
+            raise not_found(row["id"])
+        response: dict[str, Any] = orjson.loads(text)
+        # Seen so, and not written so: its gateway may only have lost sight of PostgreSQL.
+        abandoned = {"status": "failed", "error": ABANDONED} if row["abandoned"] else {}
+        return {**response, **abandoned}
 
 
 def not_found(response_id: str, *, param: str | None = None) -> ResponseNotFound:
@@ -206,16 +251,23 @@ def not_found(response_id: str, *, param: str | None = None) -> ResponseNotFound
     )
 
 
-def _turn(row: Any) -> list[InputItem]:
-    """Return what a turn of a conversation added to it."""
-    return load_items(row["input_items"]) + output_items(orjson.loads(row["response"]))
+def response_texts(row: Row) -> tuple[Cell, Cell]:
+    """Return what a row has of its response and of the items of its request."""
+    items = cell(
+        row,
+        response_items_place(row["id"]),
+        plain="input_items",
+        sealed="sealed_items",
+        key_id="items_key_id",
+    )
+    return cell(row, response_place(row["id"]), plain="response"), items
 
 
-def _seen(text: str, *, abandoned: bool) -> dict[str, Any]:
-    response: dict[str, Any] = orjson.loads(text)
-    # Seen so, and not written so: its gateway may only have lost sight of PostgreSQL.
-    return {**response, "status": "failed", "error": ABANDONED} if abandoned else response
+def _turn(response: bytes | None, items: bytes | None) -> _Turn | None:
+    if response is None or items is None:
+        return None
+    return _Turn(orjson.loads(response), load_items(items))
 
 
-def _dump(response: dict[str, Any]) -> str:
-    return orjson.dumps(response).decode()
+def _added(turns: Iterable[_Turn | None]) -> list[InputItem]:
+    return [item for turn in turns if turn is not None for item in turn.added()]

@@ -135,10 +135,12 @@ class Eraser:
                 if erasure.finished_at is None:
                     return erasure, True
             key = await self._keys.service_key(connection, TAG_KEY)
+            # Before the time of the tombstone is taken: whoever holds the key is waited for, so
+            # what was sealed with it is of before, and is erased with the rest.
+            await self._keys.destroy(connection, subject)
             values = (new_id(), tag_of(key, subject), new_pseudonym())
             row = await connection.fetchrow(query("begin_erasure"), *values)
             assert row is not None
-            await self._keys.destroy(connection, subject)
             erasure = Erasure.of(row)
             await self._note(BEGIN, erasure, by, {})
         return erasure, False

@@ -16,14 +16,14 @@ select * from comp_ai.responses
 where principal_id = $1 and $2::text is not null order by created_at, id;
 
 -- name: idempotency_answer
-select key, route, state, status, media_type, answer, created_at, expires_at
+select key, route, state, status, media_type, answer, key_id, sealed, created_at, expires_at
 from comp_ai.idempotency_keys where principal_id = $1 and $2::text is not null order by key;
 
 -- name: file
 select * from comp_ai.files where owner = $1 and $2::text is not null order by id;
 
 -- name: file_chunk
-select c.file_id, c.number, encode(c.content, 'base64') as content_base64
+select c.file_id, c.number, c.content, c.key_id, c.sealed
 from comp_ai.files f join comp_ai.file_chunks c on c.file_id = f.id
 where f.owner = $1 and $2::text is not null order by c.file_id, c.number;
 
@@ -32,7 +32,7 @@ select * from comp_ai.batches where owner = $1 and $2::text is not null order by
 
 -- name: batch_line
 select l.batch_id, l.number, l.custom_id, l.body, l.state, l.status_code, l.request_id,
-       l.response, l.error_code, l.error_message
+       l.response, l.error_code, l.error_message, l.key_id, l.sealed
 from comp_ai.batches b join comp_ai.batch_lines l on l.batch_id = b.id
 where b.owner = $1 and $2::text is not null order by l.batch_id, l.number;
 

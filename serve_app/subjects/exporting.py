@@ -21,6 +21,7 @@ from serve_app.audit.log import AuditLog
 from serve_app.records import utc_now
 from serve_app.sql import named_queries
 from serve_app.subjects.names import checked, fit, in_accounts
+from serve_app.subjects.stored_texts import DESTROYED, open_stored
 
 if TYPE_CHECKING:
     from serve_app.audit.log import Connection
@@ -74,7 +75,8 @@ async def export(connection: Connection, subject: str, keys: SubjectKeys) -> Asy
         for kind in _KINDS:
             async for rows in _batches(connection, kind, subject):
                 bodies = await _bodies(connection, rows, keys) if kind == "request" else {}
-                for row in rows:
+                stored = await open_stored(connection, keys, kind, subject, rows)
+                for row in stored:
                     lines += 1
                     texts = bodies[row["id"]] if bodies and row["id"] in bodies else {}
                     yield _line({"kind": kind, **_readable(row), **texts})
@@ -102,7 +104,7 @@ async def _bodies(
 
 def _texts(body: Body | None) -> dict[str, Any]:
     if body is None:
-        return {"texts": "destroyed"}
+        return DESTROYED
     return {"request_text": body.request, "response_text": body.response}
 
 

@@ -41,8 +41,8 @@ _REMAINS = (
     ),
     (
         "backups from before",
-        "their sealed texts cannot be read; names, stored responses, idempotency answers, files "
-        "and texts from before the sealing are erased again by `comp-ai backup restore`",
+        "their sealed texts cannot be read; names, and texts from before the sealing, are erased "
+        "again by `comp-ai backup restore`",
     ),
 )
 

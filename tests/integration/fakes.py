@@ -54,10 +54,11 @@ from serve_app.replica import LeaseBook, LeaseDoor, ReplicaServer, Slot
 from serve_app.request_line import RequestLines
 from serve_app.scaling.readings import FirstTokens
 from serve_app.settings import PostgresSettings, load_settings
+from serve_app.stored.vault import Vault
 from serve_app.tracing.replica import TracedApp
 from serve_app.tracing.sampling import Sampling
 from serve_app.tracing.spans import SpanSink
-from tests.sealing import MASTERS
+from tests.sealing import MASTERS, subject_keys
 
 HOST = "127.0.0.1"
 KEY = "key-of-a-user"
@@ -395,6 +396,7 @@ class World:
             reports=self.reports,
             defaults=Defaults(max_tokens=4096, temperature=0.7),
             masters=MASTERS,
+            vault=Vault(subject_keys()),
             tracing=self.tracing,
         )
 

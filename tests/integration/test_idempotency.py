@@ -366,7 +366,7 @@ async def test_rate_limit_leaves_the_key_free_and_a_replay_is_not_counted(
             assert (await http.post(TEXT, json=ask(), headers=NAMED)).content == first.content
         limited = await http.post(TEXT, json=ask(), headers={"Idempotency-Key": "another"})
         assert limited.status_code == 429
-        assert [row["state"] for row in await connection.fetch(ALL_ROWS)] == ["answered"]
+        assert [row["state"] for row in await connection.fetch(ALL_ROWS)] == ["sealed"]
 
 
 # A client that goes away.
@@ -475,7 +475,8 @@ async def test_last_byte_waits_until_the_answer_is_kept(
     await lock.rollback()
     done = await asking
     [row] = await connection.fetch(ALL_ROWS)
-    assert (row["state"], bytes(row["answer"])) == ("answered", done.content)
+    assert (row["state"], row["answer"]) == ("sealed", None)
+    assert (await http.post(TEXT, json=ask(stream=stream), headers=NAMED)).content == done.content
 
 
 async def test_gateway_that_is_killed_frees_its_keys(
@@ -515,17 +516,21 @@ async def test_gateway_that_is_killed_frees_its_keys(
 
 _CLAIM = """
 import asyncio, sys
+from serve_app.accounts.sealing.master_keys import MasterKeys
+from serve_app.accounts.sealing.subject_keys import SubjectKeys
 from serve_app.config import IdempotencyConfig
 from serve_app.lazy_pool import build_pool
 from serve_app.settings import PostgresSettings
 from serve_app.stored.idempotency import Claim, KeyUse
+from serve_app.stored.vault import Vault
 
 async def main():
     names = ("POSTGRES_HOST", "POSTGRES_PORT", "POSTGRES_USER", "POSTGRES_PASSWORD", "POSTGRES_DB")
     settings = PostgresSettings.model_validate(dict(zip(names, sys.argv[1:6])))
     pool = build_pool(settings, application_name="dying", max_size=1)
     use = KeyUse.of("user-1", sys.argv[6], "completions", b'{"model": "small", "prompt": "Hi"}')
-    assert await Claim(pool, IdempotencyConfig(claim_s=1), use).take() is None
+    vault = Vault(SubjectKeys(MasterKeys([])))
+    assert await Claim(pool, vault, IdempotencyConfig(claim_s=1), use).take() is None
     print("claimed", flush=True)
     await asyncio.Event().wait()
 

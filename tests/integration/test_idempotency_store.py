@@ -22,6 +22,7 @@ from serve_app.sql import named_queries
 from serve_app.stored.idempotency import Claim, KeyUse, StoredAnswer
 from serve_app.stored.sweeper import Sweeper
 from tests.integration.conftest import PostgresServer
+from tests.sealing import VAULT
 
 ANSWER = StoredAnswer(status=200, media_type="application/json", body=b'{"yes": true}')
 # Long enough to never end in a test; the tests end it by hand.
@@ -62,20 +63,20 @@ async def until_true(connection: asyncpg.Connection, query: str, *args: object) 
 
 
 async def test_answer_is_sent_to_who_asks_again(pool: LazyPool) -> None:
-    claim = Claim(pool, LONG, use())
+    claim = Claim(pool, VAULT, LONG, use())
     assert await claim.take() is None
     await claim.keep(ANSWER)
     for _ in range(2):
-        again = Claim(pool, LONG, use())
+        again = Claim(pool, VAULT, LONG, use())
         assert await again.take() == ANSWER
         await again.release()
-    assert await Claim(pool, LONG, use()).take() == ANSWER
+    assert await Claim(pool, VAULT, LONG, use()).take() == ANSWER
 
 
 async def test_of_many_at_once_on_two_gateways_one_gets_the_key(gateways: list[LazyPool]) -> None:
     async def attempt(number: int) -> bool:
         try:
-            return await Claim(gateways[number % 2], LONG, use()).take() is None
+            return await Claim(gateways[number % 2], VAULT, LONG, use()).take() is None
         except IdempotencyConflict:
             return False
 
@@ -83,59 +84,59 @@ async def test_of_many_at_once_on_two_gateways_one_gets_the_key(gateways: list[L
 
 
 async def test_another_body_or_route_is_a_mismatch(pool: LazyPool) -> None:
-    assert await Claim(pool, LONG, use()).take() is None
+    assert await Claim(pool, VAULT, LONG, use()).take() is None
     for other in (use(b"[]"), use(route="embeddings")):
         with pytest.raises(IdempotencyMismatch):
-            await Claim(pool, LONG, other).take()
+            await Claim(pool, VAULT, LONG, other).take()
 
 
 async def test_each_principal_has_its_own_keys(pool: LazyPool) -> None:
-    assert await Claim(pool, LONG, use(principal="ada")).take() is None
-    assert await Claim(pool, LONG, use(b"[]", principal="grace")).take() is None
+    assert await Claim(pool, VAULT, LONG, use(principal="ada")).take() is None
+    assert await Claim(pool, VAULT, LONG, use(b"[]", principal="grace")).take() is None
 
 
 async def test_released_key_is_free(pool: LazyPool, connection: asyncpg.Connection) -> None:
-    claim = Claim(pool, LONG, use())
+    claim = Claim(pool, VAULT, LONG, use())
     await claim.take()
     await claim.release()
     await claim.release()
     assert await count(connection) == 0
-    assert await Claim(pool, LONG, use(b"another")).take() is None
+    assert await Claim(pool, VAULT, LONG, use(b"another")).take() is None
 
 
 async def test_claim_of_a_dead_gateway_ends_and_cannot_disturb(
     gateways: list[LazyPool], connection: asyncpg.Connection
 ) -> None:
-    dead = Claim(gateways[0], LONG, use())
+    dead = Claim(gateways[0], VAULT, LONG, use())
     assert await dead.take() is None
     with pytest.raises(IdempotencyConflict):
-        await Claim(gateways[1], LONG, use()).take()
+        await Claim(gateways[1], VAULT, LONG, use()).take()
     await connection.execute(OLDER)
-    heir = Claim(gateways[1], LONG, use())
+    heir = Claim(gateways[1], VAULT, LONG, use())
     assert await heir.take() is None
     # It was not dead after all: neither its answer nor its release may touch the heir's claim.
     await dead.keep(StoredAnswer(status=200, media_type="text/plain", body=b"late"))
     await dead.release()
     with pytest.raises(IdempotencyConflict):
-        await Claim(gateways[0], LONG, use()).take()
+        await Claim(gateways[0], VAULT, LONG, use()).take()
     await heir.keep(ANSWER)
-    assert await Claim(gateways[0], LONG, use()).take() == ANSWER
+    assert await Claim(gateways[0], VAULT, LONG, use()).take() == ANSWER
 
 
 async def test_claim_is_renewed_while_it_is_held(
     pool: LazyPool, connection: asyncpg.Connection
 ) -> None:
-    claim = Claim(pool, IdempotencyConfig(claim_s=0.05), use())
+    claim = Claim(pool, VAULT, IdempotencyConfig(claim_s=0.05), use())
     await claim.take()
     for _ in range(3):
         expiry = await connection.fetchval("select claim_expires_at from comp_ai.idempotency_keys")
         await until_true(connection, f"{RENEWED} > $1", expiry)
     await claim.keep(ANSWER)
-    assert await Claim(pool, LONG, use()).take() == ANSWER
+    assert await Claim(pool, VAULT, LONG, use()).take() == ANSWER
 
 
 async def test_renewal_survives_a_cut(pool: LazyPool, connection: asyncpg.Connection) -> None:
-    claim = Claim(pool, IdempotencyConfig(claim_s=0.05), use())
+    claim = Claim(pool, VAULT, IdempotencyConfig(claim_s=0.05), use())
     await claim.take()
     await connection.execute(
         "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'tests-0'"
@@ -151,16 +152,16 @@ async def test_renewal_survives_a_cut(pool: LazyPool, connection: asyncpg.Connec
 async def test_answer_past_its_time_is_generated_again(
     pool: LazyPool, connection: asyncpg.Connection
 ) -> None:
-    claim = Claim(pool, LONG, use())
+    claim = Claim(pool, VAULT, LONG, use())
     await claim.take()
     await claim.keep(ANSWER)
     await connection.execute(PAST)
-    assert await Claim(pool, LONG, use(b"another body")).take() is None
+    assert await Claim(pool, VAULT, LONG, use(b"another body")).take() is None
 
 
 async def test_time_counts_from_the_answer(pool: LazyPool, connection: asyncpg.Connection) -> None:
     config = IdempotencyConfig(claim_s=3600, keep_s=1000)
-    claim = Claim(pool, config, use())
+    claim = Claim(pool, VAULT, config, use())
     await claim.take()
     await connection.execute(PAST)
     await claim.keep(ANSWER)
@@ -174,18 +175,18 @@ async def test_answer_at_the_cap_is_kept_and_a_longer_one_is_not(
     pool: LazyPool, connection: asyncpg.Connection
 ) -> None:
     config = IdempotencyConfig(max_stored_bytes=len(ANSWER.body), claim_s=3600)
-    claim = Claim(pool, config, use())
+    claim = Claim(pool, VAULT, config, use())
     await claim.take()
     await claim.keep(ANSWER)
-    assert await Claim(pool, config, use()).take() == ANSWER
-    longer = Claim(pool, config, use(principal="grace"))
+    assert await Claim(pool, VAULT, config, use()).take() == ANSWER
+    longer = Claim(pool, VAULT, config, use(principal="grace"))
     await longer.take()
     await longer.keep(
         StoredAnswer(status=200, media_type="application/json", body=ANSWER.body + b" ")
     )
     with pytest.raises(AnswerNotKept):
-        await Claim(pool, config, use(principal="grace")).take()
-    kept = "select answer from comp_ai.idempotency_keys where principal_id = 'grace'"
+        await Claim(pool, VAULT, config, use(principal="grace")).take()
+    kept = "select sealed from comp_ai.idempotency_keys where principal_id = 'grace'"
     assert await connection.fetchval(kept) is None
 
 
@@ -202,7 +203,7 @@ async def test_take_that_is_cancelled_leaves_nothing_after_release(
         "('ada', 'key-1', 'r', sha256(''), 'claimed', gen_random_uuid(), now(), "
         "null, null, null, now(), now())"
     )
-    claim = Claim(pool, LONG, use())
+    claim = Claim(pool, VAULT, LONG, use())
     taking = asyncio.create_task(claim.take())
     await until_true(
         connection, "select count(*) > 0 from pg_stat_activity where wait_event_type = 'Lock'"
@@ -213,32 +214,35 @@ async def test_take_that_is_cancelled_leaves_nothing_after_release(
     await blocker.close()
     await claim.release()
     assert await count(connection) == 0
-    assert await Claim(pool, LONG, use()).take() is None
+    assert await Claim(pool, VAULT, LONG, use()).take() is None
     await pool.close()
 
 
 async def test_answer_is_kept_through_a_cut(pool: LazyPool, connection: asyncpg.Connection) -> None:
-    claim = Claim(pool, LONG, use())
+    claim = Claim(pool, VAULT, LONG, use())
     await claim.take()
     await connection.execute(
         "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'tests-0'"
     )
     await claim.keep(ANSWER)
-    assert await Claim(pool, LONG, use()).take() == ANSWER
+    assert await Claim(pool, VAULT, LONG, use()).take() == ANSWER
 
 
 async def test_without_postgres_a_key_is_refused_and_the_end_is_quiet(
     own_server: PostgresServer,
 ) -> None:
     pool = build_pool(own_server.embedded.settings(), application_name="tests", max_size=2)
-    kept, released = Claim(pool, LONG, use()), Claim(pool, LONG, use(principal="grace"))
+    kept, released = (
+        Claim(pool, VAULT, LONG, use()),
+        Claim(pool, VAULT, LONG, use(principal="grace")),
+    )
     assert await kept.take() is None
     assert await released.take() is None
     own_server.kill()
     await kept.keep(ANSWER)
     await released.release()
     with pytest.raises(StoreUnavailable) as refusal:
-        await Claim(pool, LONG, use()).take()
+        await Claim(pool, VAULT, LONG, use()).take()
     assert refusal.value.retry_after_s is not None
     await pool.close()
 
@@ -263,7 +267,7 @@ async def test_sweeper_removes_what_is_past_its_time_and_nothing_else(
 
 
 async def test_sweeper_works_by_itself(pool: LazyPool, connection: asyncpg.Connection) -> None:
-    claim = Claim(pool, LONG, use())
+    claim = Claim(pool, VAULT, LONG, use())
     await claim.take()
     await claim.keep(ANSWER)
     await connection.execute(PAST)

@@ -14,6 +14,7 @@ from serve_app.settings import PostgresSettings
 from serve_app.stored.items import input_items
 from serve_app.stored.responses import MAX_CHAIN, ResponseStore, StoredResponse
 from tests.integration.conftest import PostgresServer
+from tests.sealing import VAULT
 
 MINE, OTHERS = "user-1", "user-2"
 BYTES = 1_000_000
@@ -44,7 +45,7 @@ def stored(response_id: str, text: str = "ping", **more: Any) -> StoredResponse:
 async def store(database: PostgresSettings) -> AsyncIterator[ResponseStore]:
     """A store with an empty table."""
     pool = build_pool(database, application_name="tests", max_size=2)
-    yield ResponseStore(pool)
+    yield ResponseStore(pool, VAULT)
     await pool.close()
 
 
@@ -173,14 +174,14 @@ async def test_a_conversation_that_goes_on_is_kept_whole(
 
 async def test_states_of_a_background_response(store: ResponseStore) -> None:
     await store.add(stored("resp_1", status="queued", background=True))
-    assert await store.advance(answer("resp_1", status="in_progress"))
+    assert await store.advance(answer("resp_1", status="in_progress"), MINE)
     assert (await store.find("resp_1", MINE))["status"] == "in_progress"
     assert await store.beat(["resp_1", "resp_2"]) == {"resp_1"}
-    assert await store.advance(answer("resp_1", "done"))
+    assert await store.advance(answer("resp_1", "done"), MINE)
     assert await store.find("resp_1", MINE) == answer("resp_1", "done")
     assert await store.beat(["resp_1"]) == set()
     # It has ended, so nothing changes it any more.
-    assert not await store.advance(answer("resp_1", status="failed"))
+    assert not await store.advance(answer("resp_1", status="failed"), MINE)
     assert (await store.cancel("resp_1", MINE))["status"] == "completed"
 
 
@@ -189,7 +190,7 @@ async def test_cancelled_response_stays_cancelled(store: ResponseStore) -> None:
     for _ in range(2):
         assert (await store.cancel("resp_1", MINE))["status"] == "cancelled"
     assert await store.beat(["resp_1"]) == set()
-    assert not await store.advance(answer("resp_1"))
+    assert not await store.advance(answer("resp_1"), MINE)
     assert (await store.find("resp_1", MINE))["status"] == "cancelled"
 
 
@@ -208,13 +209,13 @@ async def test_response_of_a_lost_gateway_is_seen_as_failed(
         assert seen["status"] == "failed"
         assert "gateway" in seen["error"]["message"]
     # It had only lost sight of PostgreSQL.
-    assert await store.advance(answer("resp_1"))
+    assert await store.advance(answer("resp_1"), MINE)
     assert (await store.find("resp_1", MINE))["status"] == "completed"
 
 
 async def test_without_postgresql(own_server: PostgresServer) -> None:
     pool = build_pool(own_server.embedded.settings(), application_name="tests", max_size=2)
-    store = ResponseStore(pool)
+    store = ResponseStore(pool, VAULT)
     await store.check()
     own_server.kill()
     with pytest.raises(StoreUnavailable):

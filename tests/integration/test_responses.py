@@ -16,9 +16,11 @@ from openai.types.responses import Response
 from serve_app.database import connect
 from serve_app.errors import LogUnavailable
 from serve_app.fake_engine import FakeEngineConfig
+from serve_app.lazy_pool import build_pool
 from serve_app.records import Outcome
 from serve_app.settings import PostgresSettings
 from serve_app.stored import background
+from serve_app.stored.responses import ResponseStore
 from tests.integration.conftest import PostgresServer
 from tests.integration.fakes import (
     KEY,
@@ -28,6 +30,7 @@ from tests.integration.fakes import (
     until,
     world,
 )
+from tests.sealing import VAULT
 
 PATH = "/v1/responses"
 SLOW = FakeEngineConfig(time_to_first_token_s=0.0, time_per_token_s=0.05)
@@ -640,7 +643,7 @@ async def test_background_that_finds_no_room_fails_when_its_gateway_closes(
         await api.responses.create(**ask(store=False))
         queued = await api.responses.create(**ask(background=True))
         await until(lambda: "rate_limit_exceeded" in {row.error_code for row in made.records})
-    response = orjson.loads(
-        await execute(database, "select response from comp_ai.responses where id = $1", queued.id)
-    )
+    pool = build_pool(database, application_name="tests", max_size=1)
+    response = await ResponseStore(pool, VAULT).find(queued.id, "user-1")
+    await pool.close()
     assert (response["status"], response["error"]["code"]) == ("failed", "rate_limit_exceeded")

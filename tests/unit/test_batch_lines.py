@@ -22,6 +22,7 @@ from serve_app.batches.results import result_line
 from serve_app.batches.rotation import Rotation
 from serve_app.batches.validation import MAX_ERRORS, LineChecker, LineSplitter
 from serve_app.batches.verdict import MAX_ATTEMPTS, MAX_WAIT_S, Finished, Postponed, judge
+from serve_app.batches.words import LineWords
 from serve_app.completions.collected import Answered
 from serve_app.config import GatewayConfig, LimitPolicy
 from serve_app.identity.principal import Permission, Principal
@@ -237,14 +238,14 @@ def test_an_answer_that_is_no_json_is_kept_as_text() -> None:
     assert b"\n" not in verdict.response
     row: Any = {
         "number": 3,
-        "custom_id": "a",
+        "state": "completed",
         "status_code": 200,
         "request_id": "r",
-        "response": verdict.response,
         "error_code": None,
         "error_message": None,
     }
-    written = orjson.loads(orjson.dumps(result_line("batch_ab", row)))
+    text = LineWords("a", verdict.response).dump()
+    written = orjson.loads(orjson.dumps(result_line("batch_ab", row, text)))
     assert written == {
         "id": "batch_req_ab_3",
         "custom_id": "a",

@@ -12,7 +12,7 @@ from serve_app.errors import (
     IdempotencyMismatch,
     InvalidRequest,
 )
-from serve_app.stored.idempotency import KeyUse, StoredAnswer, judge, read_key
+from serve_app.stored.idempotency import KeyUse, judge, read_key
 
 USE = KeyUse.of("user-1", "k", "completions", b"{}")
 
@@ -54,7 +54,7 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def test_answer_of_the_same_request() -> None:
-    assert judge(USE, row()) == StoredAnswer(status=200, media_type="text/plain", body=b"yes")
+    assert judge(USE, row()) == b"yes"
 
 
 @pytest.mark.parametrize("state", ["answered", "claimed", "not_kept"])
