@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.accounts.retention.policy import RetentionPolicy
 from serve_app.config import Name
+from serve_app.identity.key_sweep import DEFAULT_DAYS
 
 
 class AdapterArgs(BaseModel):
@@ -93,7 +94,7 @@ class RequestLogOptions(BaseModel):
         description="How long each class of data is kept; what is not named is kept for ever.",
     )
     ended_keys_days: int | None = Field(
-        default=400,
+        default=DEFAULT_DAYS,
         ge=1,
         le=36_500,
         description="Days that an API key is kept after it was revoked or has expired; `null` "

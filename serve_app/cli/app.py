@@ -175,11 +175,11 @@ def retention(
     as_json: JsonOption = False,
 ) -> None:
     """Show what is past its time; nothing is removed without --apply."""
-    from serve_app.cli.retention import read_policy, retain
+    from serve_app.cli.retention import read_kept, retain
     from serve_app.stack.up import DEFAULT_CONFIG
 
-    policy = read_policy(config or DEFAULT_CONFIG)
-    _run(retain(_postgres(), policy, really=really, as_json=as_json))
+    kept = read_kept(config or DEFAULT_CONFIG)
+    _run(retain(_postgres(), kept, really=really, as_json=as_json))
 
 
 @app.command()

@@ -86,6 +86,17 @@ where id = $1 or replaced_by = $1;
 -- Who sets a hold waits for the end of this: a hold that was answered is kept.
 lock table comp_ai.legal_holds in share mode;
 
+-- name: count_ended
+-- What `sweep_ended` removes, and what it leaves because its owner is held.
+select count(*) filter (where not held) as rows, count(*) filter (where held) as held_rows
+from (
+    select exists (
+        select from comp_ai.legal_holds h
+        where h.subject = k.owner and h.released_at is null) as held
+    from comp_ai.api_keys k
+    where least(k.revoked_at, k.expires_at) < now() - make_interval(days => $1)
+) as ended;
+
 -- name: sweep_ended
 -- Keys that ended more than $1 days ago, and earlier secrets; none of a subject that is held. With
 -- a key go its earlier secrets.

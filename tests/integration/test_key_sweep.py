@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -17,6 +19,8 @@ from serve_app.identity.authenticator import build_pool
 from serve_app.identity.key_sweep import key_sweep_task
 from serve_app.records import new_id, utc_now
 from serve_app.settings import PostgresSettings
+from serve_app.subjects.holds import set_hold
+from tests.integration.command_line import comp_ai
 
 ROOT = Actor(id="root", kind="operator")
 DAYS = 30
@@ -125,3 +129,34 @@ async def test_keys_of_a_subject_under_a_hold_stay(
         "update comp_ai.legal_holds set released_at = now(), released_by = 'root'"
     )
     assert await sweep(connection) == 1
+
+
+async def test_the_command_shows_them_and_removes_them_when_told(
+    store: ApiKeyStore, connection: asyncpg.Connection, database: PostgresSettings, tmp_path: Path
+) -> None:
+    await made(store, connection, "in use")
+    await made(store, connection, "gone", revoked_at=utc_now() - LONG_AGO)
+    await made(store, connection, "held", owner="ben", revoked_at=utc_now() - LONG_AGO)
+    await set_hold(connection, "ben", "a case", ROOT)
+    config = tmp_path / "config.yaml"
+
+    async def told(days: str, *more: str) -> dict[str, object]:
+        config.write_text(f"applications: [{{args: {{request_log: {{ended_keys_days: {days}}}}}}}]")
+        asked = ("retention", "--config", str(config), "--json", *more)
+        done = await asyncio.to_thread(comp_ai, database, *asked)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    found = {"rows": 1, "held_rows": 1}
+    assert (await told("30"))["ended_keys"] == found
+    assert (await told("null", "--apply"))["ended_keys"] is None
+    assert await left(connection) == {"in use", "gone", "held"}
+    assert (await told("30", "--apply"))["ended_keys"] == found
+    assert await left(connection) == {"in use", "held"}
+    actors = "select distinct actor_kind from comp_ai.audit_log where action = 'retention.drop'"
+    assert [row["actor_kind"] for row in await connection.fetch(actors)] == ["operator"]
+    assert (await told("30"))["ended_keys"] == {"rows": 0, "held_rows": 1}
+
+    config.write_text("applications: [{args: {request_log: {ended_keys_days: 0}}}]")
+    wrong = await asyncio.to_thread(comp_ai, database, "retention", "--config", str(config))
+    assert (wrong.returncode, "request_log.ended_keys_days" in wrong.stderr) == (2, True)
