@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +40,10 @@ _NO_FILE = {
 }
 
 
+class _Gone(Exception):
+    """The batch was deleted while its results were written: they go with it."""
+
+
 class House:
     """Every method raises StoreUnavailable without PostgreSQL or a key."""
 
@@ -59,7 +63,8 @@ class House:
                 return False
             await self._execute("begin_finalizing", batch)
             batch = replace(batch, status=Status.FINALIZING)
-        await self._end(batch, config)
+        with suppress(_Gone):
+            await self._end(batch, config)
         return False
 
     async def _execute(self, name: str, batch: OpenBatch) -> None:
@@ -174,9 +179,11 @@ class House:
             output, errors, counts = await write_results(
                 connection, self._vault, batch, config.files.retention_s
             )
-            await connection.execute(query("drop_lines"), batch.id)
             values = (batch.status, output.id, errors.id, counts.completed, counts.failed)
-            await connection.execute(query("end_batch"), batch.id, *values)
+            # An erasure that deletes the batch first does not see the files of this transaction.
+            if await connection.fetchval(query("end_batch"), batch.id, *values) is None:
+                raise _Gone
+            await connection.execute(query("drop_lines"), batch.id)
             _log(batch, "batch_ended")
 
 
