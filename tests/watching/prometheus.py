@@ -109,8 +109,9 @@ class Watch:
     def end(self, name: str) -> None:
         """End one program."""
         process = self.processes.pop(name)
-        process.kill()
-        process.wait()
+        # Not killed: the workers of an nginx would outlive it.
+        process.terminate()
+        process.wait(30)
 
     def start_blackbox(self) -> None:
         """Start what asks `/ready` and reads the certificate."""

@@ -61,14 +61,19 @@ class Receiver(_Server):
 class Page(_Server):
     """Tells `text` to whoever reads it, as an exporter does; 503 where `told` says no."""
 
-    def __init__(self, text: str, told: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self,
+        text: str,
+        told: Callable[[], bool] = lambda: True,
+        content_type: str = "text/plain; version=0.0.4",
+    ) -> None:
         self.text = text
         page = self
 
         class Handler(_Quiet):
             def do_GET(self) -> None:
                 self.send_response(200 if told() else 503)
-                self.send_header("Content-Type", "text/plain; version=0.0.4")
+                self.send_header("Content-Type", content_type)
                 self.end_headers()
                 self.wfile.write(page.text.encode())
 

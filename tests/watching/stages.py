@@ -247,7 +247,7 @@ METRICS = Stage(
     "no metrics", ("CompAIMetricsAway",), "Ray's metrics agent stopped (SIGSTOP)", no_metrics
 )
 EXPORTER = Stage(
-    "no exporter", ("CompAIExporterDown",), "prometheus-node-exporter killed", no_exporter
+    "no exporter", ("CompAIExporterDown",), "prometheus-node-exporter ended", no_exporter
 )
 CERTIFICATE = Stage(
     "certificate ends",
