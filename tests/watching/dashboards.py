@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from tests.watching.prometheus import MONITORING, Watch
@@ -40,6 +41,16 @@ class Question:
             if name in self.query:
                 return why
         return None
+
+
+def without_data(asked: Iterable[Question], watch: Watch, timeout_s: float) -> list[str]:
+    """Ask until every question is answered, or for so long; return those that were not."""
+    deadline = time.monotonic() + timeout_s
+    left = [*asked]
+    while left and time.monotonic() < deadline:
+        left = [one for one in left if not one.answered(watch)]
+        time.sleep(0.5)
+    return [f"{one.dashboard}, {one.panel}: {one.query}" for one in left]
 
 
 def questions() -> Iterator[Question]:
