@@ -446,7 +446,7 @@ class LimitsUnavailable(Unavailable):
 
     code = "limits_unavailable"
     cause = (
-        "the Limits replica did not answer within 10 s, or cannot write its journal; or it is new "
+        "the Limits replica did not answer within 30 s, or cannot write its journal; or it is new "
         "on its node, and PostgreSQL cannot tell it what was used of a budget"
     )
     remedy = "wait"

@@ -24,7 +24,10 @@ from serve_app.errors import LimitsUnavailable
 logger = logging.getLogger(__name__)
 
 _RENEW_EVERY_S = 5.0
-_RESERVE_TIMEOUT_S = 10.0
+# In an update the next replica starts beside several others, on a machine that serves.
+_RESERVE_TIMEOUT_S = 30.0
+# What those who waited in vain are told.
+_RETRY_AFTER_S = 10.0
 _SETTLE_TIMEOUT_S = 1.0
 # Told again at once after an outage; more come with the next renewals.
 _MOST_SETTLED_AT_ONCE = 1000
@@ -108,7 +111,7 @@ async def _in_time(call: Callable[[], Awaitable[Answer]]) -> Answer:
         async with asyncio.timeout(_RESERVE_TIMEOUT_S):
             return await until_answered(call, LimitsUnavailable, LimitsUnavailable)
     except TimeoutError:
-        raise LimitsUnavailable(retry_after_s=_RESERVE_TIMEOUT_S) from None
+        raise LimitsUnavailable(retry_after_s=_RETRY_AFTER_S) from None
 
 
 def _settlement(reservation: Reservation, spent: Spent) -> Settlement:
