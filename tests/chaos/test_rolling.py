@@ -76,6 +76,7 @@ async def _clients(stack: RunningStack) -> AsyncIterator[Load]:
     finally:
         load.stop()
         await running
+        print(f"{len(load.seen.completed)} completed, failed: {dict(load.seen.troubles)}")
 
 
 def _serving(stack: RunningStack) -> set[int]:
@@ -117,7 +118,6 @@ async def _until(condition: Callable[[], bool], what: str) -> None:
 def test_no_request_fails(stack: RunningStack, tmp_path: Path) -> None:
     wait_until(stack.ready, "ready", 60)
     seen = asyncio.run(_changes(stack, tmp_path)).seen
-    print(f"{len(seen.completed)} completed, failed: {dict(seen.troubles)}")
     assert seen.failed == {}
     rows = stack.settled_rows(_ROWS, len(seen.completed), list(seen.completed))
     assert {row["request_id"]: row["tokens"] for row in rows} == seen.completed

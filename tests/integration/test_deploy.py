@@ -16,6 +16,7 @@ import asyncpg
 import orjson
 import pytest
 import yaml
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 from rich.console import Console
 
 from deployments.check import check
@@ -285,6 +286,23 @@ def test_the_check_names_what_is_wrong(spoil: Any, words: str) -> None:
     spoil(config)
     with pytest.raises(ConfigError, match=words):
         check(config)
+
+
+def test_the_check_returns_what_serve_will_tell() -> None:
+    config = config_of(SERVES)
+    told = {}
+    for name, app in kept_by_the_controller(config).items():
+        read = ServeApplicationSchema.model_validate(app)
+        told[name] = json.loads(read.model_dump_json(exclude_unset=True))
+    assert {app["name"]: app for app in check(config)["applications"]} == told
+
+
+def kept_by_the_controller(config: dict[str, Any]) -> dict[str, Any]:
+    """Do as `ServeController.apply_config` before it writes the applications down."""
+    schema = ServeDeploySchema.model_validate(config)
+    for app in schema.applications:
+        app.logging_config = app.logging_config or schema.logging_config
+    return {app.name: app.model_dump(exclude_unset=True) for app in schema.applications}
 
 
 def test_downtime_must_be_allowed(operator: Operator) -> None:
