@@ -134,6 +134,19 @@ async def test_an_erasure_that_breaks_off_goes_on(
     assert await connection.fetchval(own, ANN) == 1
 
 
+async def test_the_id_of_a_trace_goes(connection: asyncpg.Connection) -> None:
+    """A client may have made it, as it may the id of a request."""
+    header = f"00-{'4f' * 16}-{'5a' * 8}-01"
+    late = record(ANN, traceparent=header)
+    await write(connection, record(ANN, traceparent=header), record(BEN, traceparent=header))
+    await erase(connection)
+    await write(connection, late)
+    kept = await connection.fetch(
+        "select principal_id from comp_ai.requests where trace_id = $1", "4f" * 16
+    )
+    assert [row["principal_id"] for row in kept] == [BEN]
+
+
 async def test_records_that_come_late_lose_name_and_text(connection: asyncpg.Connection) -> None:
     of_before = record(ANN, request_id=ANN)
     await write(connection, record(BEN))
