@@ -68,38 +68,34 @@ class Replica:
         self._at_s = self.ready_at_s
         self._first_tokens = FirstTokens(self.clock_s)
         self._load = LoadReadings(self._first_tokens, self.clock_s)
+        self._pace()
 
     @property
     def ongoing(self) -> int:
         """Requests that are here."""
         return len(self._prompts) + len(self._answers)
 
-    @property
-    def _reads(self) -> bool:
-        return bool(self._prompts) and len(self._answers) < self.speed.sequences
-
     def take(self, job: Job) -> None:
         """Take a request in; time must have been moved to now."""
         job.routed_at_s = self._at_s
         self._prompts.append(job)
-        if len(self._prompts) == 1:
-            self._begin_first()
+        self._pace()
+        self._begin_first()
 
     def read(self) -> dict[str, float]:
         """Return what this replica tells the autoscaler now."""
-        reading = int(self._reads)
         return self._load.read(
             EngineCounters(
                 prompt_tokens=self._prompt_tokens,
                 completion_tokens=int(self._answer_tokens),
-                requests_waiting=len(self._prompts) - reading,
+                requests_waiting=len(self._prompts) - int(self._reads),
             )
         )
 
     def advance(self, to_s: float) -> None:
         """Let time pass, in which nothing ends before `to_s`."""
         passed_s, self._at_s = to_s - self._at_s, to_s
-        step_s = self._step_s()
+        step_s = self._step_s
         self._tokens_each += passed_s / step_s
         self._answer_tokens += len(self._answers) * passed_s / step_s
         if self._reads:
@@ -107,7 +103,7 @@ class Replica:
 
     def next_s(self) -> float:
         """Return when the next prompt is read or the next answer ends."""
-        step_s = self._step_s()
+        step_s = self._step_s
         at_s = math.inf
         if self._reads:
             at_s = self._at_s + self._left_tokens * step_s / self.speed.chunk_tokens
@@ -122,18 +118,19 @@ class Replica:
             begun.append(self._answer_first())
         while self._answers and self._answers[0][0] <= self._tokens_each + 1e-6:
             heapq.heappop(self._answers)
-        if self._prompts and math.isnan(self._prompts[0].begun_at_s):
-            self._begin_first()
+        self._pace()
+        self._begin_first()
         return begun
 
-    def _step_s(self) -> float:
+    def _pace(self) -> None:
         speed = self.speed
-        step_s = speed.step_s + speed.sequence_s * len(self._answers)
-        return step_s + speed.chunk_s if self._reads else step_s
+        self._reads = bool(self._prompts) and len(self._answers) < speed.sequences
+        self._step_s = speed.step_s + speed.sequence_s * len(self._answers)
+        if self._reads:
+            self._step_s += speed.chunk_s
 
     def _begin_first(self) -> None:
-        first = self._prompts[0]
-        if self._reads and math.isnan(first.begun_at_s):
+        if self._reads and math.isnan((first := self._prompts[0]).begun_at_s):
             first.begun_at_s = self._at_s
             self._left_tokens = float(first.request.prompt_tokens)
 
