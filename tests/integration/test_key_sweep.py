@@ -13,7 +13,9 @@ import pytest
 
 from serve_app.audit.act import Actor
 from serve_app.audit.verify import verify
+from serve_app.cli.retention import read_kept
 from serve_app.database import connect
+from serve_app.errors import ConfigError
 from serve_app.identity.api_keys import ApiKeyStore, KeyTerms
 from serve_app.identity.authenticator import build_pool
 from serve_app.identity.key_sweep import key_sweep_task
@@ -139,24 +141,30 @@ async def test_the_command_shows_them_and_removes_them_when_told(
     await made(store, connection, "held", owner="ben", revoked_at=utc_now() - LONG_AGO)
     await set_hold(connection, "ben", "a case", ROOT)
     config = tmp_path / "config.yaml"
-
-    async def told(days: str, *more: str) -> dict[str, object]:
-        config.write_text(f"applications: [{{args: {{request_log: {{ended_keys_days: {days}}}}}}}]")
-        asked = ("retention", "--config", str(config), "--json", *more)
-        done = await asyncio.to_thread(comp_ai, database, *asked)
-        assert done.returncode == 0, done.stderr
-        return dict(json.loads(done.stdout))
-
-    found = {"rows": 1, "held_rows": 1}
-    assert (await told("30"))["ended_keys"] == found
-    assert (await told("null", "--apply"))["ended_keys"] is None
+    config.write_text("applications: [{args: {request_log: {ended_keys_days: 30}}}]")
+    asked = ("retention", "--config", str(config), "--json")
+    looked = await asyncio.to_thread(comp_ai, database, *asked)
+    assert json.loads(looked.stdout)["ended_keys"] == {"rows": 1, "held_rows": 1}
     assert await left(connection) == {"in use", "gone", "held"}
-    assert (await told("30", "--apply"))["ended_keys"] == found
+    done = await asyncio.to_thread(comp_ai, database, *asked, "--apply")
+    assert json.loads(done.stdout)["ended_keys"] == {"rows": 1, "held_rows": 1}
     assert await left(connection) == {"in use", "held"}
     actors = "select distinct actor_kind from comp_ai.audit_log where action = 'retention.drop'"
     assert [row["actor_kind"] for row in await connection.fetch(actors)] == ["operator"]
-    assert (await told("30"))["ended_keys"] == {"rows": 0, "held_rows": 1}
 
-    config.write_text("applications: [{args: {request_log: {ended_keys_days: 0}}}]")
-    wrong = await asyncio.to_thread(comp_ai, database, "retention", "--config", str(config))
-    assert (wrong.returncode, "request_log.ended_keys_days" in wrong.stderr) == (2, True)
+
+@pytest.mark.parametrize(("options", "days"), [("{}", 400), ("{ended_keys_days: null}", None)])
+def test_how_long_the_command_takes_keys_to_be_kept(
+    tmp_path: Path, options: str, days: int | None
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"applications: [{{name: a-model}}, {{args: {{request_log: {options}}}}}]")
+    assert read_kept(config).ended_keys_days == days
+
+
+@pytest.mark.parametrize("value", ["0", "36501", "soon", "true"])
+def test_a_wrong_number_of_days_is_named(tmp_path: Path, value: str) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"applications: [{{args: {{request_log: {{ended_keys_days: {value}}}}}}}]")
+    with pytest.raises(ConfigError, match=r"request_log\.ended_keys_days"):
+        read_kept(config)
