@@ -332,16 +332,19 @@ def usage(
     model: Annotated[str | None, typer.Option(help="Only of this model.")] = None,
     key: Annotated[str | None, typer.Option(help="Only of the API key with this id.")] = None,
     limit: Annotated[int, typer.Option(help="Most rows.", min=1, max=1_000_000)] = 1000,
+    after: Annotated[str | None, typer.Option(help="The id that the page before names.")] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what was used: requests, tokens and cost."""
     from serve_app.cli import usage as cli
 
+    if as_csv and as_json:
+        raise ConfigError("--csv", "with --json", "one of the two")
     asked = cli.read_question(
-        group_by, since, until, limit, principal=principal, model=model, key=key
+        group_by, since, until, limit, after, principal=principal, model=model, key=key
     )
-    _run(cli.show(_postgres(), asked, as_json=as_json, as_csv=as_csv))
+    _run(cli.show(_postgres(), asked, limit, as_json=as_json, as_csv=as_csv))
 
 
 @audit_app.command("list")

@@ -6,12 +6,11 @@ import json
 import uuid
 from typing import Any
 
-import asyncpg
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from serve_app.database import CONNECT_ERRORS, DatabaseUnavailable, connect
+from serve_app.cli.connection import connected
 from serve_app.errors import ConfigError, InvalidRequest
 from serve_app.settings import PostgresSettings
 from serve_app.times import parse_time
@@ -21,9 +20,14 @@ from serve_app.usage.table import to_csv
 
 
 def read_question(
-    group_by: str, since: str | None, until: str | None, limit: int, **named: str | None
+    group_by: str,
+    since: str | None,
+    until: str | None,
+    limit: int,
+    after: str | None,
+    **named: str | None,
 ) -> UsageStatement:
-    """Return what the options ask for. Raises ConfigError where they are wrong."""
+    """Return what the options ask for, and one row more. Raises ConfigError: one is wrong."""
     try:
         unit, by = read_groups(group_by)
         key = named["key"]
@@ -36,40 +40,36 @@ def read_question(
             model=named["model"],
             key=None if key is None else uuid.UUID(key),
         )
-        return prepare(question, UsagePage(limit=limit))
+        # One more, to know whether there are more.
+        return prepare(question, UsagePage(limit=limit + 1, after=after))
     except InvalidRequest as error:
-        option = f"--{(error.param or 'group_by').replace('_', '-')}"
-        raise ConfigError(option, group_by, error.message) from None
+        given = {"group_by": group_by, "from": since, "to": until, "after": after}
+        param = error.param or "group_by"
+        raise ConfigError(_option(param), given[param], error.message) from None
     except (ValueError, OverflowError):
         allowed = "times in ISO 8601, such as 2026-01-31, and the id of a key"
         raise ConfigError("--from, --to, --key", (since, until, named["key"]), allowed) from None
 
 
+def _option(param: str) -> str:
+    return f"--{param.replace('_', '-')}"
+
+
 async def show(
-    settings: PostgresSettings, asked: UsageStatement, *, as_json: bool, as_csv: bool
+    settings: PostgresSettings, asked: UsageStatement, limit: int, *, as_json: bool, as_csv: bool
 ) -> None:
-    """Print the rows, the newest first."""
-    rows = await _read(settings, asked)
-    names = columns(asked.question)
+    """Print `limit` rows, the newest first, and say on stderr where more begin."""
+    async with connected(settings, "comp-ai usage") as connection:
+        found = await read_usage(connection, asked)
+    rows, names = found[:limit], columns(asked.question)
     if as_json:
         typer.echo(json.dumps(rows))
     elif as_csv:
         typer.echo(to_csv(names, rows).decode(), nl=False)
     else:
         Console().print(_table(names, rows))
-
-
-async def _read(settings: PostgresSettings, asked: UsageStatement) -> list[dict[str, Any]]:
-    connection = await connect(settings, application_name="comp-ai usage")
-    try:
-        return await read_usage(connection, asked)
-    except asyncpg.UndefinedTableError as error:
-        raise DatabaseUnavailable("There is no usage yet. Run `comp-ai migrate`.") from error
-    except CONNECT_ERRORS as error:
-        name = type(error).__name__
-        raise DatabaseUnavailable(f"PostgreSQL broke off: {name}.") from error
-    finally:
-        connection.terminate()
+    if len(found) > limit:
+        typer.echo(f"There are more: go on with --after {rows[-1]['id']}", err=True)
 
 
 def _table(names: list[str], rows: list[dict[str, Any]]) -> Table:
