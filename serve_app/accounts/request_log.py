@@ -12,25 +12,23 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import asyncpg
 
 from serve_app.accounts import writer
 from serve_app.accounts.adoption import Adoption
+from serve_app.accounts.batch_reader import SEAL_ERRORS, Batch, BatchReader
 from serve_app.accounts.log_spans import LogSpans
 from serve_app.accounts.metrics import LogMetrics
-from serve_app.accounts.redaction import Redactor, redact
-from serve_app.accounts.sealing.aead import SealBroken
-from serve_app.accounts.sealing.master_keys import MasterKeyMissing, NoMasterKey
+from serve_app.accounts.redaction import Redactor
 from serve_app.accounts.sealing.subject_keys import SubjectKeys
-from serve_app.accounts.spool import Spool, SpooledRow
+from serve_app.accounts.spool import Spool
 from serve_app.accounts.spool_folders import SpoolFolders
-from serve_app.accounts.spooled import SpooledForm
 from serve_app.backoff import Backoff
-from serve_app.config import Bodies
 from serve_app.database import CONNECT_ERRORS, DatabaseUnavailable, connect
 from serve_app.errors import CompAIError, LogUnavailable
 from serve_app.records import RequestRecord
@@ -39,8 +37,9 @@ from serve_app.tracing.spans import SpanSink
 
 _logger = logging.getLogger(__name__)
 
-# What says that a text cannot be sealed or opened with the keys that are there.
-_SEAL_ERRORS = (NoMasterKey, MasterKeyMissing, SealBroken)
+_First = TypeVar("_First")
+_Second = TypeVar("_Second")
+
 # A spool that refuses (disk full) is an outage like PostgreSQL's: wait and try again. So is a
 # master key that is missing: the operator has it, and until then the records are safe here.
 _OUTAGES = (
@@ -48,7 +47,7 @@ _OUTAGES = (
     asyncpg.InternalClientError,
     DatabaseUnavailable,
     LogUnavailable,
-    *_SEAL_ERRORS,
+    *SEAL_ERRORS,
 )
 
 
@@ -112,7 +111,7 @@ class RequestLog:
     ) -> None:
         self._spool = spool
         self._keys = keys
-        self._redactor = redactor or Redactor()
+        self._reader = BatchReader(redactor or Redactor(), metrics)
         self._postgres = postgres
         self._metrics = metrics
         self._spans = LogSpans(sink)
@@ -272,10 +271,7 @@ class RequestLog:
     async def _drain_session(self, connection: asyncpg.Connection) -> None:
         while True:
             self._work.clear()
-            while rows := await self._next_batch(self._spool):
-                await self._move(connection, self._spool, rows)
-                await self._move_adopted(connection)
-                await self._report()
+            await self._empty_own(connection)
             self._settled()
             if await self._move_adopted(connection):
                 await self._report()
@@ -286,6 +282,27 @@ class RequestLog:
             if connection.is_closed():
                 raise ConnectionResetError
 
+    async def _empty_own(self, connection: asyncpg.Connection) -> None:
+        """Move batch after batch; while PostgreSQL writes one, the spool turns to the next."""
+        batch, written = await self._next_batch(self._spool), list[uuid.UUID]()
+        while batch:
+            following, written = await _both(
+                self._turn_page(written, batch), self._write(connection, self._spool, batch)
+            )
+            if following is None:
+                await self._spool.discard(written)
+                written = []
+                following = await self._next_batch(self._spool)
+            batch = following
+            await self._move_adopted(connection)
+            await self._report()
+
+    async def _turn_page(self, written: Sequence[uuid.UUID], batch: Batch) -> Batch | None:
+        """Forget what was written before `batch`, and return what may come behind it."""
+        if written:
+            await self._spool.discard(written)
+        return await self._next_batch(self._spool, after=batch.last_seq) if batch.full else None
+
     async def _move_adopted(self, connection: asyncpg.Connection) -> bool:
         """Move a batch of each adopted spool; tell whether there may be more."""
         if self._hurry.is_set():  # what is left is for others to adopt
@@ -293,52 +310,34 @@ class RequestLog:
         await self._adopted.look()
         for spool in self._adopted:
             try:
-                if rows := await self._next_batch(spool):
-                    await self._move(connection, spool, rows)
+                if batch := await self._next_batch(spool):
+                    await spool.discard(await self._write(connection, spool, batch))
                 else:
                     await self._adopted.let_go(spool)
             except LogUnavailable:  # its file, not ours: we go on
                 await self._adopted.let_go(spool, failed=True)
         return bool(self._adopted)
 
-    async def _next_batch(self, spool: Spool) -> list[SpooledRow]:
+    async def _next_batch(self, spool: Spool, after: int = 0) -> Batch | None:
         # Smaller after each failure: a batch may be what PostgreSQL has no time or memory for.
         rows = max(1, self._config.batch_rows >> min(self._failures, 16))
-        return await spool.batch(rows, max_bytes=self._config.batch_bytes)
+        return await self._reader.read(spool, rows, self._config.batch_bytes, after=after)
 
-    async def _move(
-        self, connection: asyncpg.Connection, spool: Spool, rows: list[SpooledRow]
-    ) -> None:
-        # In a thread: texts are opened here, and meanwhile appends must not wait.
-        records, poison = await asyncio.to_thread(_decode, rows, spool.form)
-        records = await self._redact(records)
+    async def _write(
+        self, connection: asyncpg.Connection, spool: Spool, batch: Batch
+    ) -> list[uuid.UUID]:
+        """Return what is in PostgreSQL now; what it refuses is set aside."""
         started = time.monotonic()
         with self._limit(connection):
-            report = await writer.write(connection, records, self._keys)
+            report = await writer.write(connection, batch.records, self._keys)
         took_s = time.monotonic() - started
         self._note_write(took_s, report.written)
-        self._spans.moved(records, took_s, report.written)
-        poison += report.poison
+        self._spans.moved(batch.records, took_s, report.written)
+        poison = [*batch.poison, *report.poison]
         if poison:
             await self._set_aside(spool, poison)
         bad = {row_id for row_id, _ in poison}
-        await spool.discard(row.id for row in rows if row.id not in bad)
-
-    async def _redact(self, records: list[RequestRecord]) -> list[RequestRecord]:
-        if all(record.bodies != Bodies.REDACTED for record in records):
-            return records
-        done, failed = await asyncio.to_thread(redact, self._redactor, records)
-        if failed:
-            self._metrics.bodies_not_redacted(len(failed))
-            _logger.error(
-                "%d bodies could not be redacted; their shape alone is kept",
-                len(failed),
-                extra={
-                    "action": "request_log.not_redacted",
-                    "records": [str(record.id) for record in failed[:10]],
-                },
-            )
-        return done
+        return [row_id for row_id in batch.ids if row_id not in bad]
 
     async def _set_aside(self, spool: Spool, poison: list[tuple[uuid.UUID, str]]) -> None:
         await spool.set_aside(poison)
@@ -431,16 +430,12 @@ class RequestLog:
         self._gauged = depth
 
 
-def _decode(
-    rows: list[SpooledRow], form: SpooledForm
-) -> tuple[list[RequestRecord], list[tuple[uuid.UUID, str]]]:
-    records: list[RequestRecord] = []
-    poison: list[tuple[uuid.UUID, str]] = []
-    for row in rows:
-        try:
-            records.append(form.read(row.data))
-        except ValueError as error:  # of another release, or damaged
-            poison.append((row.id, f"not a record of this release: {type(error).__name__}"))
-        except _SEAL_ERRORS as error:
-            poison.append((row.id, f"its texts do not open: {type(error).__name__}"))
-    return records, poison
+async def _both(first: Awaitable[_First], second: Awaitable[_Second]) -> tuple[_First, _Second]:
+    """Return what both return; where one fails, end the other and raise what it failed of."""
+    works = asyncio.ensure_future(first), asyncio.ensure_future(second)
+    try:
+        return await asyncio.gather(*works)
+    finally:
+        for work in works:
+            work.cancel()
+        await asyncio.gather(*works, return_exceptions=True)

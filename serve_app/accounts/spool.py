@@ -52,7 +52,7 @@ create table if not exists poison (
 );
 """
 _INSERT = "insert into spool (id, spooled_at, data) values (?, ?, ?) on conflict (id) do nothing"
-_BATCH = "select id, data from spool order by seq limit ?"
+_BATCH = "select seq, id, data from spool where seq > ? order by seq limit ?"
 _DELETE = "delete from spool where id = ?"
 STATE = """
 select (select count(*) from spool),
@@ -73,6 +73,7 @@ select id, ?, data from poison order by seq on conflict (id) do nothing
 class SpooledRow:
     """One row of the spool; `data` is its record, as `SpooledForm` writes it."""
 
+    seq: int
     id: uuid.UUID
     data: bytes
 
@@ -154,10 +155,16 @@ class Spool(GroupCommit):
             self._refused = False
         return await self._do(self._measure)
 
-    async def batch(self, limit: int, *, max_bytes: int = 16 * _MIB) -> list[SpooledRow]:
-        """Return the oldest rows: at most `limit`, and once past `max_bytes` no more."""
-        rows = await self._do(lambda connection: _read_batch(connection, limit, max_bytes))
-        self._emptied = not rows
+    async def batch(
+        self, limit: int, *, max_bytes: int = 16 * _MIB, after: int = 0
+    ) -> list[SpooledRow]:
+        """Return the oldest rows: at most `limit`, and once past `max_bytes` no more.
+
+        `after` is the `seq` of a row behind which they begin.
+        """
+        rows = await self._do(lambda connection: _read_batch(connection, after, limit, max_bytes))
+        if not after:
+            self._emptied = not rows
         return rows
 
     async def discard(self, ids: Iterable[uuid.UUID]) -> None:
@@ -210,12 +217,14 @@ class Spool(GroupCommit):
             _shrink(connection)
 
 
-def _read_batch(connection: sqlite3.Connection, limit: int, max_bytes: int) -> list[SpooledRow]:
+def _read_batch(
+    connection: sqlite3.Connection, after: int, limit: int, max_bytes: int
+) -> list[SpooledRow]:
     rows: list[SpooledRow] = []
     size = 0
-    cursor = connection.execute(_BATCH, (limit,))
-    for row_id, data in cursor:
-        rows.append(SpooledRow(id=uuid.UUID(bytes=row_id), data=data))
+    cursor = connection.execute(_BATCH, (after, limit))
+    for seq, row_id, data in cursor:
+        rows.append(SpooledRow(seq=seq, id=uuid.UUID(bytes=row_id), data=data))
         size += len(data)
         if size >= max_bytes:
             break

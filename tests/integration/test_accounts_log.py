@@ -17,7 +17,7 @@ import pytest
 
 from serve_app.accounts import writer
 from serve_app.accounts.request_log import LogBroken, LogConfig, LogStatus, RequestLog
-from serve_app.accounts.spool import Spool
+from serve_app.accounts.spool import Spool, SpooledRow
 from serve_app.database import connect, migrate
 from serve_app.records import Outcome, PrincipalKind, RequestRecord, new_id, utc_now
 from serve_app.settings import PostgresSettings
@@ -281,6 +281,65 @@ async def test_poison_is_set_aside_and_does_not_block(
     assert reasons.keys() == {bad.id, foreign.id}
     assert reasons[foreign.id] == "not a record of this release: ValueError"
     assert "secret prompt" not in json.dumps(list(reasons.values())) + caplog.text
+
+
+async def test_a_backlog_with_poison_is_moved_batch_after_batch(
+    tmp_path: Path, database: PostgresSettings
+) -> None:
+    records = [_record(prompt_tokens=-1 if number % 13 == 5 else 1) for number in range(100)]
+    await _spool_all(tmp_path, records)
+    async with _log(tmp_path, database, replace(_CONFIG, batch_rows=7)) as log:
+        assert await log.drain(_TIMEOUT_S)
+        status = await log.status()
+        assert (status.written_total, status.poison_total, status.depth) == (92, 8, 0)
+    good = [record.id for record in records if record.prompt_tokens == 1]
+    assert sorted(await _ids(database)) == sorted(good)
+
+
+async def _spool_all(folder: Path, records: Iterable[RequestRecord]) -> None:
+    spool = Spool(folder, form=FORM)
+    await spool.open()
+    await asyncio.gather(*(spool.append(record) for record in records))
+    await spool.close()
+
+
+class _WatchedSpool(Spool):
+    """Tells when rows behind others were read."""
+
+    read_on: asyncio.Event
+
+    async def batch(
+        self, limit: int, *, max_bytes: int = 1 << 24, after: int = 0
+    ) -> list[SpooledRow]:
+        rows = await super().batch(limit, max_bytes=max_bytes, after=after)
+        if after:
+            self.read_on.set()
+        return rows
+
+
+async def test_the_next_batch_is_read_while_postgres_writes(
+    tmp_path: Path, database: PostgresSettings, connection: asyncpg.Connection
+) -> None:
+    await _spool_all(tmp_path, [_record() for _ in range(20)])
+    spool = _WatchedSpool(tmp_path, form=FORM)
+    spool.read_on = asyncio.Event()
+    log = RequestLog(
+        spool=spool,
+        postgres=database,
+        keys=subject_keys(),
+        metrics=Metrics(),
+        config=replace(_CONFIG, batch_rows=5),
+    )
+    async with connection.transaction():
+        # No row is written before this ends.
+        await connection.execute("lock table comp_ai.requests in exclusive mode")
+        await log.start()
+        async with asyncio.timeout(_TIMEOUT_S):
+            await spool.read_on.wait()
+        assert (await log.status()).written_total == 0
+    assert await log.drain(_TIMEOUT_S)
+    await log.close()
+    assert len(await _ids(database)) == 20
 
 
 async def test_log_starts_and_appends_while_postgres_is_away(

@@ -103,6 +103,7 @@ async def test_rows_come_out_oldest_first_until_they_are_discarded(spool: Spool)
         await spool.append(record)
     rows = await spool.batch(3)
     assert [FORM.read(row.data) for row in rows] == records[:3]
+    assert _ids(await spool.batch(1, after=rows[-1].seq)) == [records[3].id]
     await spool.discard(_ids(rows))
     assert _ids(await spool.batch(10)) == [record.id for record in records[3:]]
     assert await spool.depth() == 2
