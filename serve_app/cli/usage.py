@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import uuid
 from typing import Any
 
@@ -65,7 +66,8 @@ async def show(
     if as_json:
         typer.echo(json.dumps(rows))
     elif as_csv:
-        typer.echo(to_csv(names, rows).decode(), nl=False)
+        # Not `echo`, which takes out of a text what a terminal might obey.
+        sys.stdout.buffer.write(to_csv(names, rows))
     else:
         Console().print(_table(names, rows))
     if len(found) > limit:

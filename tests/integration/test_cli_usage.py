@@ -24,7 +24,7 @@ from tests.sealing import subject_keys
 
 _KEY = uuid.UUID(int=7)
 _START = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
-_SPAN = ("--from", "2026-03-01", "--to", "2026-03-05")
+_SPAN = ("--from", "2026-03-01", "--to", "2026-03-06")
 _ODD = "=cmd()[red]\x1b[31m"
 
 
@@ -57,7 +57,8 @@ async def usage(database: PostgresSettings, connection: asyncpg.Connection) -> U
     await writer.write(connection, RECORDS[:30], subject_keys())
     await fold(connection)
     await writer.write(connection, RECORDS[30:], subject_keys())
-    return lambda *options: comp_ai(database, "usage", *options)
+    # Wide enough for a table whose cells are not broken.
+    return lambda *options: comp_ai(database, "usage", *options, COLUMNS="200")
 
 
 def _printed(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
