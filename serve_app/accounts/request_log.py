@@ -265,6 +265,11 @@ class RequestLog:
         handle = loop.call_later(self._config.write_timeout_s, connection.terminate)
         try:
             yield
+        except AttributeError as error:
+            # What asyncpg raises where the connection is cut just as an answer has come.
+            if connection.is_closed():
+                raise ConnectionResetError from error
+            raise
         finally:
             handle.cancel()
 

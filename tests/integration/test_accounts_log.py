@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -331,8 +332,8 @@ async def test_the_next_batch_is_read_while_postgres_writes(
         config=replace(_CONFIG, batch_rows=5),
     )
     async with connection.transaction():
-        # No row is written before this ends.
-        await connection.execute("lock table comp_ai.requests in exclusive mode")
+        # No row is written before this ends, since none is without its usage.
+        await connection.execute("lock table comp_ai.usage_pending in exclusive mode")
         await log.start()
         async with asyncio.timeout(_TIMEOUT_S):
             await spool.read_on.wait()
@@ -445,6 +446,27 @@ async def test_postgres_killed_under_load_loses_and_doubles_nothing(
     assert sorted(await _ids(postgres)) == sorted(acked)
     bodies = await _rows(postgres, "select count(*) as n from comp_ai.request_bodies")
     assert bodies[0]["n"] == len(acked) == 1000
+
+
+async def test_a_cut_that_asyncpg_takes_for_a_bug_is_an_absence(
+    tmp_path: Path, database: PostgresSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, cut = writer.write, asyncio.Event()
+
+    async def cut_once(connection: Any, *args: Any) -> writer.WriteReport:
+        if not cut.is_set():
+            cut.set()
+            connection.terminate()
+            connection._protocol.bind_execute()  # what asyncpg does between two answers
+        return await write(connection, *args)
+
+    monkeypatch.setattr(writer, "write", cut_once)
+    async with _log(tmp_path, database) as log:
+        await log.append(_record())
+        assert await log.drain(_TIMEOUT_S)
+        log.check()
+    assert cut.is_set()
+    assert len(await _ids(database)) == 1
 
 
 async def test_dead_drain_fails_the_check(
