@@ -61,6 +61,15 @@ class RunningStack:
         return EmbeddedPostgres(self.postgres_home or self.home)
 
     @property
+    def spools(self) -> Sequence[Path]:
+        """Folders of the spools of the request log."""
+        return [self.home / "spool"]
+
+    def said(self) -> str:
+        """Return what `up` wrote."""
+        return (self.home / "up.log").read_text(errors="replace")
+
+    @property
     def url(self) -> str:
         """Address of nginx."""
         return f"http://127.0.0.1:{self.env['COMP_AI_HTTP_PORT']}"

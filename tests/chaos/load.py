@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 import uuid
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -30,11 +32,24 @@ class Seen:
     failed: dict[str, str] = field(default_factory=dict)
     # Where the client went away itself.
     left: set[str] = field(default_factory=set)
+    # When each was asked and had ended, by `time.monotonic`.
+    begun_s: dict[str, float] = field(default_factory=dict)
+    ended_s: dict[str, float] = field(default_factory=dict)
 
     @property
     def asked(self) -> list[str]:
         """Requests that have ended one way or the other."""
         return [*self.completed, *self.failed, *self.left]
+
+    def last_failure_s(self, since_s: float) -> float:
+        """Return how long after `since_s` the last request was asked that failed; 0 for none."""
+        return max((self.begun_s[one] - since_s for one in self.failed), default=0.0)
+
+    def longest_pause_s(self, since_s: float) -> float:
+        """Return the longest time without an answer that was complete, from `since_s` on."""
+        ends = sorted(self.ended_s[one] for one in self.completed)
+        times = [since_s, *(end for end in ends if end > since_s)]
+        return max((after - before for before, after in pairwise(times)), default=0.0)
 
     @property
     def troubles(self) -> Counter[str]:
@@ -104,10 +119,12 @@ class Load:
         stream = self._wishes.streams and number % 2 == 0
         while not self._stop.is_set():
             request_id = uuid.uuid4().hex
+            self.seen.begun_s[request_id] = time.monotonic()
             try:
                 await self._ask(http, request_id, rng, stream=stream)
             except httpx.HTTPError as error:
                 self.seen.failed[request_id] = type(error).__name__
+            self.seen.ended_s[request_id] = time.monotonic()
             # A client that is refused tries again a little later.
             failed = request_id in self.seen.failed
             await asyncio.sleep(max(_RETRY_S * failed, self._wishes.pause_s))

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import asyncpg
 
 from serve_app.fake_journal import Counted, read_journals
 from tests.chaos.storm import Storm
-from tests.stack_runner import RunningStack, wait_until
+from tests.stack_runner import wait_until
 
 Row = Mapping[str, Any]
 
@@ -29,6 +29,23 @@ _ROWS = """
 select id, request_id, outcome, prompt_tokens + completion_tokens as tokens
 from comp_ai.requests where request_id = any($1)
 """
+
+
+class Kept(Protocol):
+    """A service whose rows, spools and words can be read."""
+
+    @property
+    def spools(self) -> Sequence[Path]:
+        """Folders of the spools."""
+        ...
+
+    def rows(self, query: str, *args: object) -> list[asyncpg.Record]:
+        """Run a query in the accounts."""
+        ...
+
+    def said(self) -> str:
+        """Return what the service wrote to its output."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +92,10 @@ def forget_counts(journals: Path) -> None:
             opened.truncate(0)
 
 
-def reconcile(stack: RunningStack, storm: Storm, journals: Path) -> Account:
+def reconcile(stack: Kept, storm: Storm, journals: Path) -> Account:
     """Wait until the log has settled, and compare."""
     seen = storm.seen
-    wait_until(lambda: _spooled(stack.home) == 0, "the spools are empty", _SETTLED_S)
+    wait_until(lambda: _spooled(stack.spools) == 0, "the spools are empty", _SETTLED_S)
     _wait_for_late_rows(stack, seen.asked)
     rows = stack.rows(_ROWS, seen.asked)
     return compare(storm, [dict(row) for row in rows], read_journals(journals), _given_up(stack))
@@ -163,15 +180,14 @@ def _unexplained(storm: Storm, unrecorded: Mapping[str, Counted]) -> list[str]:
     ]
 
 
-def _given_up(stack: RunningStack) -> set[str]:
+def _given_up(stack: Kept) -> set[str]:
     """Return the requests of which a gateway says that it could not record them."""
-    text = (stack.home / "up.log").read_text(errors="replace")
-    return {found.replace("-", "") for found in _GIVEN_UP.findall(text)}
+    return {found.replace("-", "") for found in _GIVEN_UP.findall(stack.said())}
 
 
-def _spooled(home: Path) -> int:
-    """Return how many records lie in the spools of a stack, those set aside included."""
-    return sum(_rows_of(file) for file in (home / "spool").rglob("spool.sqlite3"))
+def _spooled(folders: Sequence[Path]) -> int:
+    """Return how many records lie in these spools, those set aside included."""
+    return sum(_rows_of(file) for folder in folders for file in folder.rglob("spool.sqlite3"))
 
 
 def _rows_of(file: Path) -> int:
@@ -187,7 +203,7 @@ def _rows_of(file: Path) -> int:
         return 1
 
 
-def _wait_for_late_rows(stack: RunningStack, ids: list[str]) -> None:
+def _wait_for_late_rows(stack: Kept, ids: list[str]) -> None:
     """Requests whose client is gone end a moment later: wait until no more rows come."""
     counts: list[int] = []
 
@@ -196,6 +212,6 @@ def _wait_for_late_rows(stack: RunningStack, ids: list[str]) -> None:
             counts.append(len(stack.rows(_ROWS, ids)))
         except (OSError, asyncpg.PostgresError):
             return False
-        return len(counts) > 20 and len(set(counts[-20:])) == 1 and _spooled(stack.home) == 0
+        return len(counts) > 20 and len(set(counts[-20:])) == 1 and _spooled(stack.spools) == 0
 
     wait_until(no_more, "no more rows come", _SETTLED_S)
