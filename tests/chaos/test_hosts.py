@@ -1,6 +1,6 @@
 """Several hosts under load: one is added, one is lost, and the head is killed and comes back.
 
-    COMP_AI_TEST_HOSTS=1 pytest -s tests/chaos/test_hosts.py      as root, on four idle cores
+    TEST_HOSTS=1 pytest -s tests/chaos/test_hosts.py      as root, on four idle cores
 
 Ray gives a node up that is not there after 15 s, which cannot be set: two cores with a load on
 them are too slow for that.
@@ -39,8 +39,8 @@ _STREAMS = 2
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[HostCluster]:
-    if not os.environ.get("COMP_AI_TEST_HOSTS"):
-        pytest.skip("several hosts want four idle cores: set COMP_AI_TEST_HOSTS=1")
+    if not os.environ.get("TEST_HOSTS"):
+        pytest.skip("several hosts want four idle cores: set TEST_HOSTS=1")
     if (reason := why_not()) is not None:
         pytest.skip(reason)
     with running_cluster("a") as running:
