@@ -5,12 +5,13 @@ Needs matplotlib: `uv sync --group bench`.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from load_tests.autoscaling.plot import draw
@@ -19,7 +20,7 @@ from load_tests.autoscaling.simulation import Day, Simulation
 from load_tests.autoscaling.trace import bursty_day
 
 RESULTS = Path(__file__).parents[1] / "results"
-_SEEDS = (1, 2, 3)
+_DAYS = 3
 _BUSIEST_PER_S = 3.0
 _START_S = 120.0
 _OTHER_STARTS_S = (60.0, 180.0)
@@ -73,11 +74,13 @@ def figures(day: Day) -> dict[str, float]:
     }
 
 
-def run(policies: Policies, start_s: float) -> tuple[dict[str, dict[str, float]], dict[str, Day]]:
+def run(
+    policies: Policies, start_s: float, seeds: Sequence[int]
+) -> tuple[dict[str, dict[str, float]], dict[str, Day]]:
     """Return the medians over the seeds, and the days of the first seed."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in policies}
     days: dict[str, Day] = {}
-    for seed in _SEEDS:
+    for seed in seeds:
         requests = bursty_day(seed, _BUSIEST_PER_S)
         for name, policy in policies.items():
             day = Simulation(requests, policy(), start_s, seed).run()
@@ -101,19 +104,19 @@ def _table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _text(by_start: dict[float, dict[str, dict[str, float]]]) -> str:
+def _text(by_start: dict[float, dict[str, dict[str, float]]], days: int) -> str:
     tables = [
         f"## Replicas start in {start_s:g} s\n\n{_table(rows)}"
         for start_s, rows in by_start.items()
     ]
-    return _INTRODUCTION + "\n\n" + "\n\n".join(tables) + "\n"
+    return _INTRODUCTION.format(days=days) + "\n\n" + "\n\n".join(tables) + "\n"
 
 
 _INTRODUCTION = f"""# A bursty day, scaled by two policies
 
 ![One day of replicas, and what each policy costs and yields](autoscaling.svg)
 
-Simulated: `python -m load_tests.autoscaling`. Medians of {len(_SEEDS)} days, each with about
+Simulated: `python -m load_tests.autoscaling`. Medians of {{days}} days, each with about
 120,000 requests: the hours of an office, bursts, and six jobs of long prompts that nobody
 announces. The trace is made from published figures, see `load_tests/autoscaling/trace.py`; the
 speed of the engine is assumed, see `Speed` in `engine.py`. Between 1 and 6 replicas; each start
@@ -132,21 +135,29 @@ A simulation orders policies; its figures are those of its assumptions and not o
 
 def main() -> None:
     """Run, draw, write."""
-    compared, days = run(_COMPARED, _START_S)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--days", type=int, default=_DAYS, help="how many, each of another seed")
+    seeds = range(1, parser.parse_args().days + 1)
+    compared, days = run(_COMPARED, _START_S, seeds)
     shown = {name: days[name] for name in ("Ray's, 8 requests", "ours, first token 2 s")}
-    draw(bursty_day(_SEEDS[0], _BUSIEST_PER_S), shown, compared, RESULTS / "autoscaling.svg")
+    draw(bursty_day(seeds[0], _BUSIEST_PER_S), shown, compared, RESULTS / "autoscaling.svg")
     by_start = {_START_S: compared}
-    _write(by_start)
+    _write(by_start, seeds)
     for start_s in _OTHER_STARTS_S:
-        by_start[start_s], _ = run(_BY_START, start_s)
-        _write(by_start)
+        by_start[start_s], _ = run(_BY_START, start_s, seeds)
+        _write(by_start, seeds)
 
 
-def _write(by_start: dict[float, dict[str, dict[str, float]]]) -> None:
+def _write(by_start: dict[float, dict[str, dict[str, float]]], seeds: Sequence[int]) -> None:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU; simulated time"
-    data = {"machine": machine, "seeds": _SEEDS, "late_s": _LATE_S, "by_start_s": by_start}
+    data = {
+        "machine": machine,
+        "seeds": list(seeds),
+        "late_s": _LATE_S,
+        "by_start_s": by_start,
+    }
     RESULTS.joinpath("autoscaling.json").write_text(json.dumps(data, indent=2) + "\n", "utf-8")
-    RESULTS.joinpath("autoscaling.md").write_text(_text(by_start), "utf-8")
+    RESULTS.joinpath("autoscaling.md").write_text(_text(by_start, len(seeds)), "utf-8")
 
 
 if __name__ == "__main__":
