@@ -125,10 +125,11 @@ takes a quarter more or less than is said. The policies are the code of producti
 from coming to being begun by an engine, first tokens from coming to the first token; late is a
 first token after more than {_LATE_S:g} s.
 
-Ray's policy goes by the number of requests at a replica. A low number buys idle replicas at
-noon; a higher one lets a few long prompts fill an engine before anything is done. What it is
-right for changes with the prompts of the hour. Our policy needs no such number. None helps in the
-minutes in which a replica starts: that is what `full` and a longer `downscale_delay_s` are for.
+Ray's policy goes by the number of requests at a replica, here with its default of 600 s before
+one is given up (ours: 300 s for each). A low number keeps people served and costs more replicas;
+with a higher one a few long prompts fill an engine before anything is done. What it is right for
+changes with the prompts of the hour, and our policy needs no such number. Neither helps in the
+minutes in which a replica starts: there `full` and `downscale_delay_s` decide how much is spare.
 
 A simulation orders policies; its figures are those of its assumptions and not of a GPU."""
 

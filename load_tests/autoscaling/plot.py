@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -50,17 +51,26 @@ def _draw_replicas(axes: pyplot.Axes, days: dict[str, Day]) -> None:
 
 
 def _draw_medians(axes: pyplot.Axes, medians: dict[str, dict[str, float]]) -> None:
+    middle = statistics.mean(row["replica_hours"] for row in medians.values())
     for name, row in medians.items():
         at = (row["replica_hours"], row["late_percent"])
         axes.plot(*at, "o", color=_color(name))
-        axes.annotate(name, at, xytext=(6, 4), textcoords="offset points")
+        # Towards the middle, so that no name leaves the picture.
+        left = at[0] > middle
+        axes.annotate(
+            name,
+            at,
+            xytext=(-7 if left else 7, 4),
+            textcoords="offset points",
+            horizontalalignment="right" if left else "left",
+        )
     axes.set(
         yscale="log",
         xlabel="replica hours a day",
         ylabel="first tokens that are late, %",
         title="All days: down and left is better",
     )
-    axes.margins(x=0.25, y=0.15)
+    axes.margins(x=0.1, y=0.15)
     axes.grid(which="both", alpha=0.3)
 
 
