@@ -14,7 +14,7 @@ from openai import OpenAI
 from serve_app.models.fetch import MINILM, SMOLLM2, fetch
 from tests.adapters import write_adapter
 from tests.serve_configs import quick_to_notice, suite_config, with_adapter
-from tests.stack_runner import RunningStack, models_path, running_stack
+from tests.stack_runner import RunningStack, free_ports, models_path, running_stack
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
     # `up` fetches the models of its own config only.
     fetch(MINILM, models_path(), print)
     config = with_adapter(suite_config(real_model=True, gateways=2, cold_model=True), adapter)
-    with running_stack(quick_to_notice(config)) as running:
+    # Nothing is traced but what asks for it, as `test_one_trace.py` does.
+    tracing = {
+        "COMP_AI_TRACING_ENDPOINT": f"http://127.0.0.1:{free_ports(1)[0]}",
+        "COMP_AI_TRACING_RATIO": "0",
+        "COMP_AI_TRACING_TRUST_PARENTS": "true",
+    }
+    with running_stack(quick_to_notice(config), **tracing) as running:
         yield running
 
 
