@@ -149,6 +149,10 @@ class RunningStack:
         """Return the stack's processes whose command line holds `title`."""
         return [p for p in descendants(self.process.pid) if title in _title(p)]
 
+    def titles(self, part: str) -> list[str]:
+        """Return the command lines of the stack's processes that hold `part`."""
+        return [title for p in descendants(self.process.pid) if part in (title := _title(p))]
+
     def replicas(self, deployment: str) -> list[psutil.Process]:
         """Return the replica processes of a deployment."""
         return [p for p in self.processes("ray::ServeReplica:") if f":{deployment}" in _title(p)]

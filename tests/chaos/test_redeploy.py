@@ -28,7 +28,7 @@ def _renamed(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _only(stack: RunningStack, name: str) -> bool:
     title = f"ray::ServeReplica:{PAIR}:"
-    return {p.cmdline()[0].strip() for p in stack.processes(title)} == {f"{title}Model:{name}"}
+    return {found.strip() for found in stack.titles(title)} == {f"{title}Model:{name}"}
 
 
 def test_model_is_found_again_under_another_deployment_name(stack: RunningStack) -> None:

@@ -114,7 +114,7 @@ async def _until(condition: Callable[[], bool], what: str) -> None:
     await asyncio.to_thread(wait_until, condition, what, 30)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_no_request_fails(stack: RunningStack, tmp_path: Path) -> None:
     wait_until(stack.ready, "ready", 60)
     seen = asyncio.run(_changes(stack, tmp_path)).seen
