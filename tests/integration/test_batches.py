@@ -89,8 +89,10 @@ async def begin(ai: openai.AsyncOpenAI, *lines: Any, **more: Any) -> Batch:
 async def until_batch(
     ai: openai.AsyncOpenAI, batch_id: str, condition: Callable[[Batch], bool]
 ) -> Batch:
+    # As a user's client does, where a busy machine answers 503 with a Retry-After.
+    patient = ai.with_options(max_retries=3)
     async with asyncio.timeout(_PATIENCE_S):
-        while not condition(batch := await ai.batches.retrieve(batch_id)):  # noqa: ASYNC110
+        while not condition(batch := await patient.batches.retrieve(batch_id)):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     return batch
 
