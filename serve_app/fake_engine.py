@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import uuid
 from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -89,14 +90,18 @@ class FakeEngine:
             live_leases=live_leases,
         )
 
-    async def _chat(self, request: Request) -> Response:
-        body = orjson.loads(await request.body())
+    async def chat(self, request_id: str, body: dict[str, Any]) -> Response:
+        """Answer the JSON of a chat completion: with frames where it asks for a stream."""
         prompt = " ".join(str(message.get("content")) for message in body["messages"])
-        return await self._answer(request, body, prompt, _ChatShape(body["model"]))
+        return await self._answer(request_id, body, prompt, _ChatShape(body["model"]))
+
+    async def _chat(self, request: Request) -> Response:
+        return await self.chat(_id_of(request), orjson.loads(await request.body()))
 
     async def _completion(self, request: Request) -> Response:
         body = orjson.loads(await request.body())
-        return await self._answer(request, body, str(body["prompt"]), _TextShape(body["model"]))
+        shape = _TextShape(body["model"])
+        return await self._answer(_id_of(request), body, str(body["prompt"]), shape)
 
     async def _responses(self, request: Request) -> Response:
         body = orjson.loads(await request.body())
@@ -137,7 +142,7 @@ class FakeEngine:
         directives = dict(_DIRECTIVE.findall(" ".join(texts)))
         if (status := directives.get("error")) is not None:
             return JSONResponse({"error": {"message": "told to fail"}}, int(status))
-        request_id = request.headers.get("x-request-id", "")
+        request_id = _id_of(request)
         aborted = self._aborted[request_id] = asyncio.Event()
         stalled = "stall_after" in directives
         due = asyncio.get_running_loop().time() + self._config.time_to_first_token_s
@@ -161,7 +166,7 @@ class FakeEngine:
         return JSONResponse({"prompt": " ".join(f"w{token}" for token in body["tokens"])})
 
     async def _answer(
-        self, request: Request, body: dict[str, Any], prompt: str, shape: _Shape
+        self, request_id: str, body: dict[str, Any], prompt: str, shape: _Shape
     ) -> Response:
         self.asked.append({k: v for k, v in body.items() if k not in ("messages", "prompt")})
         directives = _directives(prompt)
@@ -169,9 +174,7 @@ class FakeEngine:
             return _told_to_fail(status)
         prompt_tokens = max(1, len(prompt.split()))
         asked = body.get("max_completion_tokens") or body.get("max_tokens") or _DEFAULT_TOKENS
-        words = self._words(
-            request.headers.get("x-request-id", ""), prompt_tokens, asked, directives
-        )
+        words = self._words(request_id, prompt_tokens, asked, directives)
         if body.get("stream"):
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
             frames = _frames(words, shape, prompt_tokens, asked, usage=usage)
@@ -205,6 +208,10 @@ class FakeEngine:
         self._completion_tokens += completion_tokens
         if self._journal is not None:
             self._journal.count(request_id, prompt_tokens, completion_tokens)
+
+
+def _id_of(request: Request) -> str:
+    return request.headers.get("x-request-id") or uuid.uuid4().hex
 
 
 def _directives(prompt: str) -> dict[str, int]:
