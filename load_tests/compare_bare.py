@@ -15,22 +15,16 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import aiohttp
-import httpx
 import yaml
 
-from tests.stack_runner import PROJECT, free_ports, running_stack, wait_until
+from load_tests.bench.systems import bare_vllm
+from tests.stack_runner import PROJECT, running_stack
 
 MODEL = "smollm2-135m-instruct"
 PROMPT = "Explain in a few sentences how a bicycle stays upright while it is moving."
@@ -105,44 +99,6 @@ async def _measure(targets: list[Target], rounds: int) -> list[Sample]:
     return samples
 
 
-@contextmanager
-def _bare_vllm(models: str, engine: dict[str, Any]) -> Iterator[str]:
-    port = free_ports(1)[0]
-    flags = [
-        flag
-        for name, value in engine.items()
-        for flag in _flag(f"--{name.replace('_', '-')}", value)
-    ]
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", f"{models}/{MODEL}", "--served-model-name", MODEL),
-        *("--host", "127.0.0.1", "--port", str(port), *flags),
-    ]
-    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            wait_until(lambda: _answers(f"{url}/health"), "bare vLLM", 300)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def _flag(name: str, value: object) -> list[str]:
-    if isinstance(value, bool):
-        return [name] if value else []
-    return [name, str(value)]
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
 def _report(samples: list[Sample]) -> str:
     lines = [
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
@@ -176,15 +132,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     config = yaml.safe_load((PROJECT / "configs" / "local-cpu.yaml").read_text())
-    engine = config["applications"][1]["args"]["engine"]
     gateway = config["applications"][0]["deployments"][0]
     gateway["user_config"]["limits"]["default"]["requests_per_minute"] = 100_000
     gateway["graceful_shutdown_timeout_s"] = 10
     with running_stack(config) as stack:
         token = stack.cli("token", "--subject", "bench").strip()
         ours = Target("Comp AI", stack.url, {"Authorization": f"Bearer {token}"})
-        with _bare_vllm(stack.env["COMP_AI_MODEL_PATH"], engine) as url:
-            samples = asyncio.run(_measure([Target("bare vLLM", url, {}), ours], rounds))
+        with bare_vllm() as bare:
+            targets = [Target(bare.name, bare.door.url, bare.door.headers), ours]
+            samples = asyncio.run(_measure(targets, rounds))
     report = _report(samples)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "compare_bare.md").write_text(report + "\n")

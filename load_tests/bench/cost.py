@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import psutil
 
+from tests.stack_runner import descendants
+
 # The processes of a system without those of its engine, now.
 Processes = Callable[[], list[psutil.Process]]
 
@@ -58,7 +60,7 @@ def part_of(process: psutil.Process) -> str:
     except psutil.Error:
         return "ended"
     if title.startswith("ray::ServeReplica:"):
-        return title.split()[0].split(":")[-1] if ":" in title else title
+        return title.split()[0].rpartition(":")[2]
     for name in ("ray::ProxyActor", "ray::ServeController", "nginx", "postgres", "litellm"):
         if name in title:
             return name.removeprefix("ray::")
@@ -68,8 +70,7 @@ def part_of(process: psutil.Process) -> str:
 def below(pid: int) -> list[psutil.Process]:
     """Return a process and all its descendants."""
     try:
-        root = psutil.Process(pid)
-        return [root, *root.children(recursive=True)]
+        return [psutil.Process(pid), *descendants(pid)]
     except psutil.NoSuchProcess:
         return []
 

@@ -23,6 +23,7 @@ from starlette.responses import StreamingResponse
 from load_tests.bench.systems import shipped_engine
 from serve_app.fake_engine import FakeEngine, FakeEngineConfig
 from tests.serve_configs import FAKE_MODEL, REAL_MODEL
+from tests.stack_runner import models_path
 
 
 class FakeRayEngine(LLMEngine):  # type: ignore[misc]
@@ -96,9 +97,9 @@ def _arguments() -> argparse.Namespace:
 
 def _real() -> LLMConfig:
     """The weights and the engine arguments of `configs/local-cpu.yaml`."""
-    weights = Path(os.environ.get("COMP_AI_MODEL_PATH", "~/.comp-ai/models")).expanduser()
+    weights = str(models_path() / REAL_MODEL)
     return LLMConfig(
-        model_loading_config={"model_id": REAL_MODEL, "model_source": str(weights / REAL_MODEL)},
+        model_loading_config={"model_id": REAL_MODEL, "model_source": weights},
         engine_kwargs=shipped_engine(),
         deployment_config=_deployment(),
         accelerator_config={"kind": "cpu"},

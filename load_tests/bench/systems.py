@@ -19,8 +19,8 @@ import yaml
 
 from load_tests.bench.asking import Door
 from load_tests.bench.cost import Processes, below
-from tests.serve_configs import FAKE_MODEL, REAL_MODEL, suite_config
-from tests.stack_runner import PROJECT, RunningStack, free_ports, running_stack, wait_until
+from tests.serve_configs import REAL_MODEL, suite_config
+from tests.stack_runner import PROJECT, free_ports, models_path, running_stack, wait_until
 
 LITELLM = PROJECT / ".tools" / "litellm" / "bin" / "litellm"
 _STARTS_WITHIN_S = 400.0
@@ -68,10 +68,9 @@ def bare_fake(speed: Speed) -> Iterator[System]:
 def bare_vllm() -> Iterator[System]:
     """Run vLLM's own server with the weights and the arguments of `configs/local-cpu.yaml`."""
     port = free_ports(1)[0]
-    weights = Path(os.environ.get("COMP_AI_MODEL_PATH", "~/.comp-ai/models")).expanduser()
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(weights / REAL_MODEL), "--served-model-name", REAL_MODEL),
+        *("--model", str(models_path() / REAL_MODEL), "--served-model-name", REAL_MODEL),
         *("--host", "127.0.0.1", "--port", str(port)),
         *(flag for name, value in shipped_engine().items() for flag in _flag(name, value)),
     ]
@@ -91,7 +90,7 @@ def comp_ai(speed: Speed | None, **settings: str) -> Iterator[System]:
     with running_stack(_our_config(speed), **settings) as stack:
         token = stack.cli("token", "--subject", "bench").strip()
         door = Door(url=stack.url, headers={"Authorization": f"Bearer {token}"})
-        yield System("Comp AI", door, lambda: _our_processes(stack))
+        yield System("Comp AI", door, lambda: _without_engine(stack.process.pid))
 
 
 @contextmanager
@@ -163,10 +162,6 @@ def _our_config(speed: Speed | None) -> dict[str, Any]:
     return config
 
 
-def _our_processes(stack: RunningStack) -> list[psutil.Process]:
-    return _without_engine(stack.process.pid)
-
-
 def _without_engine(pid: int) -> list[psutil.Process]:
     return [process for process in below(pid) if not _is_engine(process)]
 
@@ -177,7 +172,7 @@ def _is_engine(process: psutil.Process) -> bool:
         title = " ".join(process.cmdline())
     except psutil.Error:
         return True
-    names = (f":Model:{FAKE_MODEL}", ":Model:", ":LLMServer", "FakeServer", "VLLM::", "EngineCore")
+    names = (":Model:", ":LLMServer", "FakeServer", "VLLM::", "EngineCore")
     return any(name in title for name in names)
 
 
