@@ -104,6 +104,7 @@ async def own_postgres(home: Path) -> AsyncIterator[Link]:
     """Run a PostgreSQL that is started again where it dies; yield the link to it."""
     postgres = EmbeddedPostgres(home)
     await asyncio.to_thread(postgres.prepare)
+    link = Link(postgres.settings())
     supervisor = Supervisor(home)
     try:
         await supervisor.start(
@@ -116,11 +117,10 @@ async def own_postgres(home: Path) -> AsyncIterator[Link]:
             )
         )
         await postgres.wait_ready(60)
-        link = Link(postgres.settings())
         await link.mend()
         yield link
-        await link.cut()
     finally:
+        await link.cut()  # else PostgreSQL would wait for its clients
         await supervisor.stop("postgres")
         await supervisor.close()
 

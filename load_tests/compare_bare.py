@@ -21,10 +21,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import aiohttp
-import yaml
 
 from load_tests.bench.systems import bare_vllm
-from tests.stack_runner import PROJECT, running_stack
+from tests.serve_configs import shipped
+from tests.stack_runner import running_stack
 
 MODEL = "smollm2-135m-instruct"
 PROMPT = "Explain in a few sentences how a bicycle stays upright while it is moving."
@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    config = yaml.safe_load((PROJECT / "configs" / "local-cpu.yaml").read_text())
+    config = shipped("local-cpu")
     gateway = config["applications"][0]["deployments"][0]
     gateway["user_config"]["limits"]["default"]["requests_per_minute"] = 100_000
     gateway["graceful_shutdown_timeout_s"] = 10

@@ -44,7 +44,8 @@ RESULTS = Path(__file__).parent / "results"
 AT_A_TIME = (1, 16, 64)
 _DRAIN_TIMEOUT_S = 600.0
 _BODIES = ("request_body", "response_text")
-_COLUMNS = tuple(f.name for f in fields(RequestRecord) if f.name not in _BODIES)
+_NO_COLUMNS = (*_BODIES, "traceparent")
+_COLUMNS = tuple(f.name for f in fields(RequestRecord) if f.name not in _NO_COLUMNS)
 _BODY_COLUMNS = ("id", "created_at", *_BODIES)
 _PLAIN = """
 create schema plain;

@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import threading
 import time
@@ -30,6 +29,7 @@ from typing import Any
 import aiohttp
 import psutil
 
+from load_tests.open_files import raise_file_limit
 from tests.serve_configs import FAKE_MODEL, suite_config
 from tests.stack_runner import RunningStack, running_stack
 
@@ -43,7 +43,8 @@ _WATCHED = {
     "gateway": "ServeReplica:gateway:Gateway",
     "request log": "ServeReplica:gateway:RequestLog",
     "limits": "ServeReplica:gateway:Limits",
-    "Serve proxy": "ProxyActor",
+    "HAProxy": "/haproxy.cfg",
+    "Serve's own proxy": "ProxyActor",
     "nginx": "nginx: worker",
     "fake model": f"ServeReplica:{FAKE_MODEL}",
 }
@@ -205,7 +206,7 @@ class Outcome:
 
 
 def _run(load: Load) -> Outcome:
-    _raise_file_limit()
+    raise_file_limit()
     with running_stack(_config(load)) as stack:
         _drive(stack, Load(100, 5, load.time_per_token_s, 1.0))  # warm
         sampler = _Sampler(stack)
@@ -233,12 +234,6 @@ def _rows(stack: RunningStack, ids: list[str]) -> list[Any]:
         time.sleep(1)
         found = stack.rows(query, ids)
     return found
-
-
-def _raise_file_limit() -> None:
-    # What is started from here inherits it; a stream costs a part two descriptors.
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _counted(ends: Iterable[str]) -> str:

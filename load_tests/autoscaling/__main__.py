@@ -1,6 +1,6 @@
 """Run the days, write `load_tests/results/autoscaling.{json,md,svg}`.
 
-Needs matplotlib: `uv sync --group bench`.
+Needs matplotlib: `make drawing`.
 """
 
 from __future__ import annotations

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
+from load_tests.autoscaling.simulation import Day
+from load_tests.autoscaling.trace import Request, rate_per_s
+from load_tests.figures import drawn
 
-matplotlib.use("svg")
-# The same picture is the same file.
-matplotlib.rcParams.update({"svg.hashsalt": "comp-ai", "svg.fonttype": "none", "font.size": 9})
-
-from matplotlib import pyplot  # noqa: E402
-
-from load_tests.autoscaling.simulation import Day  # noqa: E402
-from load_tests.autoscaling.trace import Request, rate_per_s  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _EVERY_S = 120.0
 _OURS, _RAYS = "#1b7f5c", "#b4552d"
@@ -27,22 +24,20 @@ def draw(
     path: Path,
 ) -> None:
     """Write the picture of a day and of the medians of all days to `path`, an SVG."""
-    figure, axes = pyplot.subplots(3, 1, figsize=(8, 9), height_ratios=(1, 1.3, 1.7))
-    _draw_requests(axes[0], requests)
-    _draw_replicas(axes[1], days)
-    _draw_medians(axes[2], medians)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    with drawn(path, 3, size=(8, 9), heights=(1, 1.3, 1.7)) as axes:
+        _draw_requests(axes[0], requests)
+        _draw_replicas(axes[1], days)
+        _draw_medians(axes[2], medians)
 
 
-def _draw_requests(axes: pyplot.Axes, requests: list[Request]) -> None:
+def _draw_requests(axes: Axes, requests: list[Request]) -> None:
     rates = rate_per_s(requests, _EVERY_S)
     hours = [index * _EVERY_S / 3600 for index in range(len(rates))]
     axes.fill_between(hours, rates, color="#9aa7b0", step="post")
     axes.set(xlim=(0, 24), ylabel="requests a second", title="One of the days")
 
 
-def _draw_replicas(axes: pyplot.Axes, days: dict[str, Day]) -> None:
+def _draw_replicas(axes: Axes, days: dict[str, Day]) -> None:
     for name, day in days.items():
         hours = [index * day.decide_every_s / 3600 for index in range(len(day.replicas))]
         axes.step(hours, day.replicas, where="post", color=_color(name), label=name, linewidth=1.2)
@@ -50,7 +45,7 @@ def _draw_replicas(axes: pyplot.Axes, days: dict[str, Day]) -> None:
     axes.legend(loc="upper left")
 
 
-def _draw_medians(axes: pyplot.Axes, medians: dict[str, dict[str, float]]) -> None:
+def _draw_medians(axes: Axes, medians: dict[str, dict[str, float]]) -> None:
     middle = statistics.mean(row["replica_hours"] for row in medians.values())
     for name, row in medians.items():
         at = (row["replica_hours"], row["late_percent"])

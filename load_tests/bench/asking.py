@@ -22,19 +22,23 @@ class Question:
     Args:
         tokens: how many tokens the answer has, whatever the model would like.
         stream: whether it comes as server-sent events.
+        temperature: 0 is greedy, so that each system generates the same.
+        leave_after: of a stream, after how many tokens the client is gone; None reads to the end.
     """
 
     model: str
     tokens: int
     stream: bool = True
+    temperature: float = 0
+    leave_after: int | None = None
 
     def body(self) -> dict[str, Any]:
-        """Return the request's JSON; greedy, so that each system generates the same."""
+        """Return the request's JSON."""
         return {
             "model": self.model,
             "messages": [{"role": "user", "content": _PROMPT}],
             "max_tokens": self.tokens,
-            "temperature": 0,
+            "temperature": self.temperature,
             "ignore_eos": True,
             "stream": self.stream,
         }
@@ -68,16 +72,16 @@ class AnswerCut(Exception):
 
 
 @asynccontextmanager
-async def client() -> AsyncIterator[aiohttp.ClientSession]:
+async def client(timeout_s: float = 600) -> AsyncIterator[aiohttp.ClientSession]:
     """Yield an HTTP client that keeps its connections and puts no bound on their number."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
-    timeout = aiohttp.ClientTimeout(total=600)
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
         yield http
 
 
 async def ask(http: aiohttp.ClientSession, door: Door, question: Question) -> Answer:
-    """Ask once and read to the end.
+    """Ask once and read to the end, or until the question says that its client leaves.
 
     Raises:
         aiohttp.ClientError: for a refusal or a broken connection.
@@ -90,14 +94,16 @@ async def ask(http: aiohttp.ClientSession, door: Door, question: Question) -> An
         response.raise_for_status()
         answer.server_timing = response.headers.get("Server-Timing")
         if question.stream:
-            await _read_stream(response, answer, begun_s)
+            await _read_stream(response, answer, begun_s, question.leave_after)
         else:
             await response.read()
     answer.took_s = time.perf_counter() - begun_s
     return answer
 
 
-async def _read_stream(response: aiohttp.ClientResponse, answer: Answer, begun_s: float) -> None:
+async def _read_stream(
+    response: aiohttp.ClientResponse, answer: Answer, begun_s: float, leave_after: int | None
+) -> None:
     tail = b""
     last_s = 0.0
     async for chunk in response.content.iter_any():
@@ -111,15 +117,21 @@ async def _read_stream(response: aiohttp.ClientResponse, answer: Answer, begun_s
                 answer.first_s = now_s - begun_s
             answer.frames += tokens
             last_s = now_s
+        if leave_after is not None and answer.frames >= leave_after:
+            # Its connection is not read to the end, so it is closed.
+            return
         tail = (tail + chunk)[-64:]
     if _DONE not in tail:
         raise AnswerCut
 
 
 async def keep_asking(
-    door: Door, question: Question, *, clients: int, answers: int
+    door: Door, question: Question, *, clients: int, answers: int, timeout_s: float = 600
 ) -> list[Answer]:
-    """Ask `answers` times in all, `clients` at once: each asks again when it has its answer."""
+    """Ask `answers` times in all, `clients` at once: each asks again when it has its answer.
+
+    Raises what `ask` does, and TimeoutError where an answer takes longer than `timeout_s`.
+    """
     left: Iterator[int] = iter(range(answers))
     seen: list[Answer] = []
 
@@ -127,21 +139,6 @@ async def keep_asking(
         for _ in left:
             seen.append(await ask(http, door, question))
 
-    async with client() as http:
+    async with client(timeout_s) as http:
         await asyncio.gather(*(one(http) for _ in range(clients)))
-    return seen
-
-
-async def ask_in_turn(doors: list[Door], question: Question, *, rounds: int) -> list[list[Answer]]:
-    """Ask each of `doors` once a round, each round beginning with another one.
-
-    One after the other, so that whatever else the machine does hits all alike. Returns the
-    answers of each round, in the order of `doors`.
-    """
-    seen: list[list[Answer]] = []
-    async with client() as http:
-        for number in range(rounds):
-            order = [(number + step) % len(doors) for step in range(len(doors))]
-            answers = {index: await ask(http, doors[index], question) for index in order}
-            seen.append([answers[index] for index in range(len(doors))])
     return seen

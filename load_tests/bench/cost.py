@@ -11,6 +11,19 @@ import psutil
 
 from tests.stack_runner import descendants
 
+# By a part of the command line; the first that is found. A raylet's holds those of its workers.
+_PARTS = {
+    "raylet": "/raylet/raylet ",
+    "GCS": "/gcs/gcs_server ",
+    "Ray's agent": "ray::DashboardAgent",
+    "ProxyActor": "ray::ProxyActor",
+    "HAProxyManager": "ray::HAProxyManager",
+    "ServeController": "ray::ServeController",
+    "HAProxy": "/haproxy ",
+    "nginx": "nginx",
+    "postgres": "postgres",
+    "litellm": "litellm",
+}
 # The processes of a system without those of its engine, now.
 Processes = Callable[[], list[psutil.Process]]
 
@@ -61,9 +74,9 @@ def part_of(process: psutil.Process) -> str:
         return "ended"
     if title.startswith("ray::ServeReplica:"):
         return title.split()[0].rpartition(":")[2]
-    for name in ("ray::ProxyActor", "ray::ServeController", "nginx", "postgres", "litellm"):
+    for part, name in _PARTS.items():
         if name in title:
-            return name.removeprefix("ray::")
+            return part
     return "Ray" if "ray" in title else "other"
 
 

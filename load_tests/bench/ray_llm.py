@@ -13,17 +13,21 @@ from typing import Any
 
 import orjson
 import ray
+from fastapi import FastAPI
 from ray import serve
 from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionResponse
 from ray.llm._internal.serve.core.engine.protocol import LLMEngine
 from ray.serve.llm import LLMConfig, build_openai_app
 from ray.serve.llm.deployment import LLMServer
-from starlette.responses import StreamingResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
-from load_tests.bench.systems import shipped_engine
+from load_tests.bench.engines import Engine
 from serve_app.fake_engine import FakeEngine, FakeEngineConfig
-from tests.serve_configs import FAKE_MODEL, REAL_MODEL
-from tests.stack_runner import models_path
+from tests.serve_configs import FAKE_MODEL
+
+_CLAIMED_CORES = 8
 
 
 class FakeRayEngine(LLMEngine):  # type: ignore[misc]
@@ -63,8 +67,19 @@ class FakeRayEngine(LLMEngine):  # type: ignore[misc]
 
     embeddings = transcriptions = tokenize = detokenize = completions
 
+    async def reset_prefix_cache(self) -> None:
+        """Nothing is cached."""
+
+    async def build_asgi_app(self) -> FastAPI:
+        """Return what answers by itself where Ray streams directly; Ray adds a route of its own."""
+        return FastAPI(routes=[*self._engine.app().routes, Route("/v1/models", _models)])
+
     async def check_health(self) -> None:
         """It is always well."""
+
+
+async def _models(_: Request) -> Response:
+    return JSONResponse({"object": "list", "data": []})
 
 
 class FakeServer(LLMServer):  # type: ignore[misc]
@@ -78,10 +93,14 @@ def main() -> None:
     given = _arguments()
     # In an own cluster, whatever else this machine runs.
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
-    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    # Its parts claim more than two cores, and would wait for them; none of them is held to that.
+    cores = max(_CLAIMED_CORES, os.cpu_count() or 1)
+    ray.init(address="local", num_cpus=cores, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": given.port})
-    speed = (given.time_to_first_token_s, given.time_per_token_s)
-    config = _real() if None in speed else _fake(*speed)
+    if given.engine is not None:
+        config = _real(Engine.loads(given.engine))
+    else:
+        config = _fake(given.time_to_first_token_s, given.time_per_token_s)
     serve.run(build_openai_app({"llm_configs": [config]}), blocking=False)
     signal.sigwait([signal.SIGTERM, signal.SIGINT])
     ray.shutdown()
@@ -90,19 +109,18 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--engine", help="a real one, as `Engine.dumps` writes it")
     parser.add_argument("--time-to-first-token-s", type=float, help="of the fake engine")
     parser.add_argument("--time-per-token-s", type=float, help="of the fake engine")
     return parser.parse_args()
 
 
-def _real() -> LLMConfig:
-    """The weights and the engine arguments of `configs/local-cpu.yaml`."""
-    weights = str(models_path() / REAL_MODEL)
+def _real(engine: Engine) -> LLMConfig:
     return LLMConfig(
-        model_loading_config={"model_id": REAL_MODEL, "model_source": weights},
-        engine_kwargs=shipped_engine(),
+        model_loading_config={"model_id": engine.model, "model_source": engine.weights},
+        engine_kwargs=engine.arguments,
         deployment_config=_deployment(),
-        accelerator_config={"kind": "cpu"},
+        accelerator_config={"kind": engine.device},
     )
 
 

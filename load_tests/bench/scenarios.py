@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import aiohttp
 
@@ -15,7 +16,6 @@ from load_tests.bench.asking import (
     AnswerCut,
     Question,
     ask,
-    ask_in_turn,
     client,
     keep_asking,
 )
@@ -24,6 +24,10 @@ from load_tests.bench.systems import System
 
 _WARM_CLIENTS = 4
 _WARM_ANSWERS = 24
+# None that works takes as long for a short answer, its first one included.
+_ANSWERS_WITHIN_S = 120.0
+# What slow streams have ahead of them when the last of them begins.
+_FRAMES_TOGETHER = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,8 @@ class Latency:
 class Throughput:
     """Of one system in one round.
 
-    `cpu_s` is by part of the system, without the engine and without the clients.
+    `cpu_s` is by part of the system, without the engine and without the clients; those, which are
+    one process, spent `clients_cpu_s`.
     """
 
     system: str
@@ -62,6 +67,7 @@ class Throughput:
     tokens_a_second: float
     answers_a_second: float
     cpu_s: dict[str, float]
+    clients_cpu_s: float
 
     @property
     def answers_a_core_second(self) -> float | None:
@@ -78,19 +84,63 @@ class Throughput:
 async def warm(systems: Sequence[System], question: Question) -> None:
     """Ask each until its connections are open and its code is in memory."""
     for system in systems:
-        await keep_asking(system.door, question, clients=_WARM_CLIENTS, answers=_WARM_ANSWERS)
+        with _naming(system):
+            await keep_asking(
+                system.door,
+                question,
+                clients=_WARM_CLIENTS,
+                answers=_WARM_ANSWERS,
+                timeout_s=_ANSWERS_WITHIN_S,
+            )
+
+
+@contextmanager
+def _naming(system: System) -> Iterator[None]:
+    """Note at what goes wrong in the block which of the systems it was."""
+    try:
+        yield
+    except (aiohttp.ClientError, AnswerCut, TimeoutError) as error:
+        error.add_note(f"{system.name} was asked at {system.door.url}.")
+        raise
 
 
 async def one_client(
-    systems: Sequence[System], question: Question, *, rounds: int
+    systems: Sequence[System], question: Question, *, rounds: int, rest_s: float = 0.0
 ) -> list[Latency]:
-    """Ask the systems in turn, one request at a time; compare each with the first."""
-    seen = await ask_in_turn([system.door for system in systems], question, rounds=rounds)
+    """Ask the systems in turn, one request at a time; compare each with the first.
+
+    Args:
+        rest_s: how long an engine is busy for itself after its last answer. That long nothing is
+            asked, so that none is measured beside the one before it, and then a token is asked
+            for, because the one whose turn it is was at rest itself.
+    """
+    seen = await _ask_in_turn(systems, question, rounds, rest_s)
     bare = [answers[0] for answers in seen]
     return [
         _latency(system.name, [answers[index] for answers in seen], bare)
         for index, system in enumerate(systems)
     ]
+
+
+async def _ask_in_turn(
+    systems: Sequence[System], question: Question, rounds: int, rest_s: float
+) -> list[list[Answer]]:
+    """Return the answers of each round, in the order of `systems`.
+
+    One is asked after the other, so that whatever else the machine does hits all alike.
+    """
+    seen: list[list[Answer]] = []
+    async with client(_ANSWERS_WITHIN_S) as http:
+        for number in range(rounds):
+            answers: dict[str, Answer] = {}
+            for system in _beginning_with(number, systems):
+                with _naming(system):
+                    if rest_s:
+                        await asyncio.sleep(rest_s)
+                        await ask(http, system.door, replace(question, tokens=1))
+                    answers[system.name] = await ask(http, system.door, question)
+            seen.append([answers[system.name] for system in systems])
+    return seen
 
 
 async def many_clients(
@@ -99,19 +149,40 @@ async def many_clients(
     """Keep `clients` asking each system, system after system, and that `rounds` times."""
     found = []
     for number in range(rounds):
-        # Each round begins with another one, so that none always comes first.
-        shift = number % len(systems)
-        for system in [*systems[shift:], *systems[:shift]]:
+        for system in _beginning_with(number, systems):
             found.append(await _busy(system, question, clients, answers))
     return found
 
 
-async def _busy(system: System, question: Question, clients: int, answers: int) -> Throughput:
+async def levels(
+    systems: Sequence[System], question: Question, *, answers: Mapping[int, int], rounds: int
+) -> AsyncIterator[tuple[int, list[Throughput]]]:
+    """Keep more and more clients asking each system, and that `rounds` times.
 
+    Args:
+        answers: how many answers at each number of clients.
+
+    Yields the number of clients and what each system did with them, round by round.
+    """
+    for number in range(rounds):
+        for clients, wanted in answers.items():
+            order = _beginning_with(number, systems)
+            yield clients, [await _busy(one, question, clients, wanted) for one in order]
+
+
+def _beginning_with(number: int, systems: Sequence[System]) -> list[System]:
+    """Return the order of a round: each begins with another one, so that none is always first."""
+    shift = number % len(systems)
+    return [*systems[shift:], *systems[:shift]]
+
+
+async def _busy(system: System, question: Question, clients: int, answers: int) -> Throughput:
     begun_s = time.perf_counter()
-    with spending(system.processes) as spent:
+    clients_begun_s = time.process_time()
+    with spending(system.processes) as spent, _naming(system):
         seen = await keep_asking(system.door, question, clients=clients, answers=answers)
         took_s = time.perf_counter() - begun_s
+        clients_cpu_s = time.process_time() - clients_begun_s
     firsts_ms = [answer.first_s * 1000 for answer in seen]
     gaps_ms = _gaps_ms(seen)
     return Throughput(
@@ -126,6 +197,7 @@ async def _busy(system: System, question: Question, clients: int, answers: int) 
         tokens_a_second=len(seen) * question.tokens / took_s,
         answers_a_second=len(seen) / took_s,
         cpu_s=spent.cpu_s,
+        clients_cpu_s=clients_cpu_s,
     )
 
 
@@ -173,11 +245,13 @@ class Held:
     """Many slow streams held open at once by one system.
 
     `*_bytes` are proportional set sizes of its processes, by part, before the streams were
-    opened and while all are open. A stall is a gap of more than three times the engine's own.
+    opened and while `open_at_once` of them are open. A stall is a gap of more than three times the
+    engine's own.
     """
 
     system: str
     streams: int
+    open_at_once: int
     completed: int
     stalled: int
     longest_gap_s: float
@@ -185,15 +259,24 @@ class Held:
     full_bytes: dict[str, int]
 
     @property
-    def bytes_a_stream(self) -> float:
-        """Resident bytes that one stream adds, over all parts of the system."""
-        return (sum(self.full_bytes.values()) - sum(self.idle_bytes.values())) / self.streams
+    def bytes_a_stream(self) -> dict[str, float]:
+        """Resident bytes that one stream adds, by part of the system; empty where none is open."""
+        if not self.open_at_once:
+            return {}
+        return {
+            part: (full - self.idle_bytes.get(part, 0)) / self.open_at_once
+            for part, full in self.full_bytes.items()
+        }
 
 
 async def many_streams(
-    systems: Sequence[System], question: Question, *, streams: int, ramp_s: float, gap_s: float
+    systems: Sequence[System], model: str, *, streams: int, ramp_s: float, gap_s: float
 ) -> list[Held]:
-    """Open `streams` at each system in turn, over `ramp_s`; each frame is due after `gap_s`."""
+    """Open `streams` at each system in turn, over `ramp_s`; each frame is due after `gap_s`.
+
+    An answer is so long that the first stream is still open some time after the last has begun.
+    """
+    question = Question(model=model, tokens=round(ramp_s / gap_s) + _FRAMES_TOGETHER)
     return [await _hold(system, question, streams, ramp_s, gap_s) for system in systems]
 
 
@@ -215,11 +298,13 @@ async def _hold(
         asked = [asyncio.create_task(one(http, number)) for number in range(streams)]
         await asyncio.sleep(full_at_s - loop.time())
         full = await asyncio.to_thread(resident_bytes, system.processes)
+        open_at_once = sum(not task.done() for task in asked)
         answers = [answer for answer in await asyncio.gather(*asked) if answer is not None]
     longest_s = [max(answer.gaps_s, default=0.0) for answer in answers]
     return Held(
         system=system.name,
         streams=streams,
+        open_at_once=open_at_once,
         completed=len(answers),
         stalled=sum(gap > 3 * gap_s for gap in longest_s),
         longest_gap_s=max(longest_s, default=0.0),

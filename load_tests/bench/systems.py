@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,12 @@ import httpx
 import psutil
 import yaml
 
+from load_tests.bench import ways
 from load_tests.bench.asking import Door
 from load_tests.bench.cost import Processes, below
-from tests.serve_configs import REAL_MODEL, suite_config
-from tests.stack_runner import PROJECT, free_ports, models_path, running_stack, wait_until
+from load_tests.bench.engines import Engine, cpu_engine, serving
+from tests.serve_configs import suite_config
+from tests.stack_runner import PROJECT, free_ports, running_stack, wait_until
 
 LITELLM = PROJECT / ".tools" / "litellm" / "bin" / "litellm"
 _STARTS_WITHIN_S = 400.0
@@ -65,46 +67,83 @@ def bare_fake(speed: Speed) -> Iterator[System]:
 
 
 @contextmanager
-def bare_vllm() -> Iterator[System]:
-    """Run vLLM's own server with the weights and the arguments of `configs/local-cpu.yaml`."""
+def bare_vllm(engine: Engine | None = None) -> Iterator[System]:
+    """Run vLLM's own server; with the model of `configs/local-cpu.yaml` where none is given."""
+    engine = engine or cpu_engine()
     port = free_ports(1)[0]
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(models_path() / REAL_MODEL), "--served-model-name", REAL_MODEL),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *(flag for name, value in shipped_engine().items() for flag in _flag(name, value)),
+        *("--model", engine.weights, "--served-model-name", engine.model),
+        *("--host", "127.0.0.1", "--port", str(port), *engine.flags()),
     ]
     url = f"http://127.0.0.1:{port}"
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    with _running(command, environment, f"{url}/health"):
+    with _running(command, engine.environment, f"{url}/health"):
         yield System("bare vLLM", Door(url=url), list)
 
 
 @contextmanager
-def comp_ai(speed: Speed | None, **settings: str) -> Iterator[System]:
-    """Run Comp AI with all that is on when it is shipped: JWT, limits, log, nginx.
-
-    Args:
-        speed: of the fake engine; the real one where it is None.
-    """
-    with running_stack(_our_config(speed), **settings) as stack:
+def comp_ai(engine: Speed | Engine, **settings: str) -> Iterator[System]:
+    """Run Comp AI with all that is on when it is shipped: JWT, limits, log, nginx."""
+    with running_stack(_our_config(engine), **settings) as stack:
         token = stack.cli("token", "--subject", "bench").strip()
         door = Door(url=stack.url, headers={"Authorization": f"Bearer {token}"})
         yield System("Comp AI", door, lambda: _without_engine(stack.process.pid))
 
 
 @contextmanager
-def ray_serve_llm(speed: Speed | None) -> Iterator[System]:
+def carriers(speed: Speed) -> Iterator[list[System]]:
+    """Run a gateway for each of the ways to the replica, behind HAProxy and without nginx.
+
+    The model counts as a part of each, because what it does depends on the way.
+    """
+    config = suite_config(real_model=False, gateways=1)
+    config["applications"][1:] = ways.applications(vars(speed))
+    with running_stack(config) as stack:
+        yield [
+            System(
+                carrier.title,
+                Door(url=f"{stack.serve_url}/{way}"),
+                lambda: below(stack.process.pid),
+            )
+            for way, carrier in ways.WAYS.items()
+        ]
+
+
+@contextmanager
+def ray_direct_streaming(speed: Speed) -> Iterator[System]:
+    """Run Ray Serve LLM with its direct streaming: HAProxy asks the replica, no gateway."""
+    flags = {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1", "RAY_SERVE_ENABLE_HA_PROXY": "1"}
+    with _ray_serve_llm(speed, flags) as started:
+        yield System("Ray's direct streaming", started.door, lambda: below(started.pid))
+
+
+@contextmanager
+def ray_serve_llm(engine: Speed | Engine) -> Iterator[System]:
     """Run Ray Serve LLM's own ingress, `build_openai_app`, on a Ray of its own."""
+    with _ray_serve_llm(engine, {}) as started:
+        yield System("Ray Serve LLM", started.door, lambda: _without_engine(started.pid))
+
+
+@dataclass(frozen=True)
+class _Started:
+    door: Door
+    pid: int
+
+
+@contextmanager
+def _ray_serve_llm(engine: Speed | Engine, flags: Mapping[str, str]) -> Iterator[_Started]:
     port = free_ports(1)[0]
     command = [sys.executable, "-m", "load_tests.bench.ray_llm", "--port", str(port)]
-    if speed is not None:
-        command += ["--time-to-first-token-s", str(speed.time_to_first_token_s)]
-        command += ["--time-per-token-s", str(speed.time_per_token_s)]
+    environment = {"HF_HUB_OFFLINE": "1", **flags}
+    if isinstance(engine, Engine):
+        command += ["--engine", engine.dumps()]
+        environment |= engine.environment
+    else:
+        command += ["--time-to-first-token-s", str(engine.time_to_first_token_s)]
+        command += ["--time-per-token-s", str(engine.time_per_token_s)]
     url = f"http://127.0.0.1:{port}"
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with _running(command, environment, f"{url}/v1/models") as process:
-        yield System("Ray Serve LLM", Door(url=url), lambda: _without_engine(process.pid))
+        yield _Started(Door(url=url), process.pid)
 
 
 @contextmanager
@@ -130,29 +169,18 @@ def litellm(engine: Door, model: str) -> Iterator[System]:
             yield System("LiteLLM", door, lambda: below(process.pid))
 
 
-def shipped_engine() -> dict[str, Any]:
-    """Return the engine arguments of `configs/local-cpu.yaml`."""
-    engine: dict[str, Any] = _shipped()["applications"][1]["args"]["engine"]
-    return engine
-
-
 def has_litellm() -> bool:
     """Tell whether LiteLLM is installed where `make bench` installs it."""
     return LITELLM.exists()
 
 
-def _shipped() -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load((PROJECT / "configs" / "local-cpu.yaml").read_text())
-    return config
-
-
-def _our_config(speed: Speed | None) -> dict[str, Any]:
-    if speed is None:
-        config = _shipped()
+def _our_config(engine: Speed | Engine) -> dict[str, Any]:
+    if isinstance(engine, Engine):
+        config = serving(engine)
     else:
         config = suite_config(real_model=False, gateways=1)
         model = config["applications"][1]
-        model["args"]["speed"] = vars(speed)
+        model["args"]["speed"] = vars(engine)
         model["deployments"][0] |= {"max_ongoing_requests": 5000, "max_queued_requests": 5000}
     gateway = config["applications"][0]["deployments"][0]
     gateway["max_ongoing_requests"] = 5000
@@ -172,15 +200,8 @@ def _is_engine(process: psutil.Process) -> bool:
         title = " ".join(process.cmdline())
     except psutil.Error:
         return True
-    names = (":Model:", ":LLMServer", "FakeServer", "VLLM::", "EngineCore")
+    names = (":Model:", ":LLMServer", "FakeServer", "VLLM::", "EngineCore", "RayWorker")
     return any(name in title for name in names)
-
-
-def _flag(name: str, value: object) -> list[str]:
-    flag = f"--{name.replace('_', '-')}"
-    if isinstance(value, bool):
-        return [flag] if value else []
-    return [flag, str(value)]
 
 
 @contextmanager
@@ -188,26 +209,31 @@ def _running(
     command: Sequence[str], environment: Mapping[str, str], ready_url: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server until the block ends, all that it started included."""
-    with tempfile.TemporaryFile() as log:
+    with tempfile.NamedTemporaryFile(prefix="bench-", suffix=".log") as log:
         process = subprocess.Popen(
             command, env={**os.environ, **environment}, stdout=log, stderr=log, cwd=PROJECT
         )
         try:
-            wait_until(_answering(process, ready_url, log.name), ready_url, _STARTS_WITHIN_S)
+            _wait_until_it_answers(process, ready_url, Path(log.name))
             yield process
         finally:
             _end(process)
 
 
-def _answering(process: subprocess.Popen[bytes], url: str, log: object) -> Callable[[], bool]:
+def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     def answering() -> bool:
-        assert process.poll() is None, f"{process.args!r} ended, see {log}"
+        ended = process.poll() is not None
+        assert not ended, f"{process.args!r} ended"
         try:
-            return httpx.get(url, timeout=5).status_code < 500
+            return httpx.get(url, timeout=5).status_code == 200
         except httpx.HTTPError:
             return False
 
-    return answering
+    try:
+        wait_until(answering, url, _STARTS_WITHIN_S)
+    except AssertionError as error:
+        error.add_note(log.read_text(errors="replace")[-4000:])
+        raise
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

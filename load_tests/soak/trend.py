@@ -1,0 +1,103 @@
+"""Whether a figure grows over time: its slope, and how much of one counts as flat."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+_HOUR_S = 3600.0
+_MIB = 2**20
+# A part that is there only now and then, as a worker that Ray keeps idle, has no trend.
+_SEEN = 0.5
+
+# What was seen at one time: by part, by figure.
+Figures = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The most that a figure may grow in an hour: an amount, or a part of what it is."""
+
+    amount: float
+    part: float = 0.0
+
+    def of(self, level: float) -> float:
+        """Return the bound of a figure that is at `level`."""
+        return max(self.amount, self.part * level)
+
+
+# Connections come and go, so counts have noise: with some 300 samples in an hour and a deviation
+# of 5 it is about 1 an hour in the slope. A leak of one file in 20,000 requests is more than 4.
+BOUNDS: Mapping[str, Bound] = {
+    "memory_bytes": Bound(4 * _MIB, 0.02),
+    "files": Bound(4),
+    "threads": Bound(1),
+    "bytes": Bound(1 * _MIB),
+    "records": Bound(2),
+    "held": Bound(2),
+    "sessions": Bound(1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trend:
+    """How one figure of one part went, after the warm-up."""
+
+    part: str
+    figure: str
+    first: float
+    last: float
+    slope_an_hour: float
+    bound_an_hour: float
+
+    @property
+    def flat(self) -> bool:
+        """Whether it grew by no more than its bound allows."""
+        return self.slope_an_hour <= self.bound_an_hour
+
+    def __str__(self) -> str:
+        slope, bound = (amount(self.figure, x) for x in (self.slope_an_hour, self.bound_an_hour))
+        return f"{self.part}, {self.figure.removesuffix('_bytes')}: {slope} an hour, over {bound}"
+
+
+def amount(figure: str, value: float) -> str:
+    """Return an amount of a figure for a reader."""
+    return f"{value / _MIB:.2f} MiB" if figure.endswith("bytes") else f"{value:.2f}"
+
+
+def slope_an_hour(times_s: Sequence[float], values: Sequence[float]) -> float:
+    """Return the Theil-Sen slope: the median of the slopes between all pairs.
+
+    Up to 29 % of the samples may be anything at all without moving it. Needs two times.
+    """
+    points = zip(times_s, values, strict=True)
+    return _HOUR_S * statistics.median(
+        (later - sooner) / (then - now)
+        for (now, sooner), (then, later) in itertools.combinations(points, 2)
+    )
+
+
+def trends(times_s: Sequence[float], seen: Sequence[Figures]) -> list[Trend]:
+    """Return how each figure of each part went; needs two samples."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for at_s, parts in zip(times_s, seen, strict=True):
+        for part, figures in parts.items():
+            for figure, value in figures.items():
+                found.setdefault((part, figure), []).append((at_s, value))
+    least = max(2.0, _SEEN * len(times_s))
+    return [_trend(*key, points) for key, points in found.items() if len(points) >= least]
+
+
+def _trend(part: str, figure: str, points: Sequence[tuple[float, float]]) -> Trend:
+    times_s, values = zip(*points, strict=True)
+    tenth = max(1, len(values) // 10)
+    return Trend(
+        part=part,
+        figure=figure,
+        first=statistics.median(values[:tenth]),
+        last=statistics.median(values[-tenth:]),
+        slope_an_hour=slope_an_hour(times_s, values),
+        bound_an_hour=BOUNDS[figure].of(statistics.median(values)),
+    )
