@@ -8,7 +8,7 @@ SHARED := tests/e2e tests/chaos
 TEST_WORKERS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-unit lint docs bench load-test model clean
+.PHONY: help setup run test test-unit lint docs drawing bench soak load-test model clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -39,9 +39,15 @@ test: model lint ## Run every check and every test
 test-unit: setup ## Run the unit tests
 	$(BIN)/pytest tests/unit
 
-bench: model ## Compare Comp AI with the bare engine, Ray Serve LLM and LiteLLM (an hour; leave the machine alone)
+drawing: setup ## Install what draws the pictures of the benchmarks
+	@.tools/bin/uv sync --quiet --frozen --inexact --only-group bench
+
+bench: model drawing ## Compare Comp AI with the bare engine, Ray Serve LLM and LiteLLM (an hour; leave the machine alone)
 	$(BIN)/python -m load_tests.bench --engine fake
 	$(BIN)/python -m load_tests.bench --engine real
+
+soak: setup drawing ## Ask a stack for an hour and see that nothing grows
+	$(BIN)/python -m load_tests.soak --minutes 60 --out load_tests/results
 
 load-test: setup ## Ask the service that runs here, as 20 users do, for a minute
 	@LOCUST_KEY=$$(cat "$${COMP_AI_HOME:-$$HOME/.comp-ai}/first-key") $(BIN)/locust \

@@ -12,7 +12,7 @@ from deployments.leasing import Leasing, replica_id
 from serve_app.config import Name, parse_config
 from serve_app.engine_counters import EngineCounters
 from serve_app.fake_engine import FakeEngine, FakeEngineConfig
-from serve_app.replica import Slot
+from serve_app.replica import Run
 
 
 class FakeModelArgs(BaseModel):
@@ -41,7 +41,11 @@ class FakeModel(Leasing):
 
     async def engine_counters(self) -> EngineCounters:
         """Return what the fake engine counted since it started."""
-        return self._engine.counters(replica_id=replica_id(), live_leases=self.live_leases)
+        return self._engine.counters(
+            replica_id=replica_id(),
+            live_leases=self.live_leases,
+            resting_leases=self.resting_leases,
+        )
 
     async def check_health(self) -> None:
         """Fail if the HTTP server is dead, so that Serve replaces the replica."""
@@ -51,5 +55,5 @@ class FakeModel(Leasing):
         """Called by Serve when the replica stops."""
         await self.close_door()
 
-    async def _abort(self, slot: Slot) -> None:
-        self._engine.abort(slot.request_id)
+    async def _abort(self, run: Run) -> None:
+        self._engine.abort(run.request_id)

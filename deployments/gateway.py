@@ -30,6 +30,7 @@ from serve_app.completions.parts import Parts, Tracing
 from serve_app.completions.upstream import new_session
 from serve_app.config import Bodies, GatewayConfig, WhenLogFull, parse_config
 from serve_app.errors import ConfigError
+from serve_app.heap import HeapTrimmer
 from serve_app.http_app import Check, create_app
 from serve_app.identity.authenticator import build_authenticator
 from serve_app.lazy_pool import build_pool
@@ -119,10 +120,18 @@ class Gateway:
             vault=Vault(SubjectKeys(self._masters)),
             tracing=_tracing(settings.tracing, self._spans),
         )
+        self._trimmer = HeapTrimmer()
+        self._trimmer.start()
         self._sweeper = Sweeper(self._parts.database)
         self._sweeper.start()
         self._journal = PolicyJournal(self._parts.database)
         self._gateway: gateway.Gateway | None = None
+        self._batch_pool = build_pool(
+            settings.postgres,
+            application_name="comp-ai-batches",
+            max_size=settings.postgres.batch_pool_size,
+            name="batches",
+        )
         self._batches: BatchRunner | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -132,7 +141,7 @@ class Gateway:
             self._masters.require(f"a key, as `bodies` is {most}")
         if self._gateway is None:
             self._gateway = gateway.Gateway(config, self._parts)
-            self._batches = BatchRunner(self._gateway, RayBatchMetrics())
+            self._batches = BatchRunner(self._gateway, self._batch_pool, RayBatchMetrics())
             self._batches.start()
         else:
             self._gateway.config = config
@@ -148,6 +157,7 @@ class Gateway:
 
     async def __del__(self) -> None:
         """Finish what is under way, then close; Serve calls this after it has drained."""
+        await self._trimmer.close()
         await self._sweeper.close()
         await self._journal.close()
         if self._batches is not None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-import ray
 from ray import serve
 from starlette.types import ASGIApp
 
 from deployments.counts_teller import CountsTeller
+from deployments.direct import replica_address
 from deployments.tracing import replica_sink
 from serve_app.contracts import LeaseGrant, LeaseHint
 from serve_app.engine_counters import EngineCounters
-from serve_app.replica import Abort, LeaseBook, LeaseDoor, ReplicaServer
+from serve_app.replica import Abort, LeaseBook, LeaseDoor, ReplicaServer, may_keep
 from serve_app.scaling.readings import FirstTokens, LoadReadings
 from serve_app.settings import load_settings
 from serve_app.tracing.replica import TracedApp
@@ -34,10 +34,7 @@ class Leasing:
         settings = load_settings()
         self._spans = replica_sink(settings.tracing, "model")
         door = LeaseDoor(self._traced(app), self._leases, abort, first_tokens)
-        ports = settings.service.node_ports
-        self._http = ReplicaServer(
-            door, ray.util.get_node_ip_address(), ports.replicas if ports is not None else ()
-        )
+        self._http = ReplicaServer(door, *replica_address(settings.service))
         await self._http.start()
         self._teller = CountsTeller(model_name(), self.engine_counters)
         self._teller.start()
@@ -71,8 +68,14 @@ class Leasing:
             ModelNotReady: see `check_admission`.
         """
         self.check_admission()
-        async with self._leases.lease() as slot:
-            yield LeaseGrant(address=self._http.address, token=slot.token, replica_id=replica_id())
+        kept = may_keep(slots())
+        async with self._leases.lease(kept=kept > 0) as slot:
+            yield LeaseGrant(
+                address=self._http.address,
+                token=slot.token,
+                replica_id=replica_id(),
+                may_keep=kept,
+            )
             await asyncio.Event().wait()
 
     def check_admission(self) -> None:
@@ -87,6 +90,11 @@ class Leasing:
         """Leases that are held now."""
         return len(self._leases)
 
+    @property
+    def resting_leases(self) -> int:
+        """Of those, how many are kept for a next request while none runs under them."""
+        return self._leases.resting
+
 
 def model_name() -> str:
     """Return the name of the model that this replica is of."""
@@ -96,3 +104,10 @@ def model_name() -> str:
 def replica_id() -> str:
     """Return the id that Serve gave to this replica."""
     return str(serve.get_replica_context().replica_id.unique_id)
+
+
+def slots() -> int:
+    """Return how many leases Serve lets this replica hold now; 0 where Ray does not say."""
+    # Ray's own `serve.batch` reads it there; nothing public says what the Serve config made of it.
+    config = getattr(serve.get_replica_context(), "_deployment_config", None)
+    return int(getattr(config, "max_ongoing_requests", 0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import sys
 import uuid
 from collections.abc import Sequence
@@ -9,14 +11,19 @@ from collections.abc import Sequence
 from ray import serve
 from ray.util.metrics import Gauge
 
+from deployments.direct import Direct
+from serve_app.background import check_goes_on
 from serve_app.contracts import Allowance, LimitState, Reservation, Scope, Settlement
 from serve_app.errors import LimitsUnavailable
 from serve_app.lazy_pool import build_pool
 from serve_app.limits.journal import Journal
-from serve_app.limits.keeping import LimitKeeping
+from serve_app.limits.keeping import LimitKeeping, LimitsBroken
+from serve_app.limits.procedures import limit_handlers
 from serve_app.limits.usage_store import UsageStore
 from serve_app.log_setup import log_as_json
 from serve_app.settings import load_settings
+
+logger = logging.getLogger(__name__)
 
 
 class RayLimitMetrics:
@@ -42,7 +49,7 @@ class RayLimitMetrics:
     # A line for each call would cost more than the call.
     logging_config={"enable_access_log": False},
 )
-class Limits:
+class Limits(Direct):
     """`LimitKeeping` behind Serve."""
 
     # Serve awaits a constructor that is a coroutine.
@@ -64,6 +71,11 @@ class Limits:
         journal = Journal(settings.service.home_path / "limits")
         self._limits = LimitKeeping(journal, UsageStore(pool), RayLimitMetrics())
         await self._limits.start()
+        handlers = limit_handlers(self.reserve_all, self.settle_all)
+        await self.open_direct(handlers, settings.service)
+        self._handing_over = asyncio.create_task(self._hand_over(), name="hand-over-limits")
+
+    # The next two are for gateways of the release before, until an update has replaced them.
 
     async def reserve(self, reservation: Reservation) -> Allowance:
         """See `LimitKeeping.reserve`."""
@@ -72,6 +84,16 @@ class Limits:
     async def settle(self, settlement: Settlement) -> None:
         """See `LimitKeeping.settle`."""
         await self._limits.settle(settlement)
+
+    async def reserve_all(
+        self, reservations: Sequence[Reservation]
+    ) -> list[Allowance | LimitsUnavailable]:
+        """See `LimitKeeping.reserve`; what it would raise stands in the place of its answer."""
+        return await asyncio.gather(*(self._reserve(one) for one in reservations))
+
+    async def settle_all(self, settlements: Sequence[Settlement]) -> None:
+        """See `LimitKeeping.settle`. Where this raises, all of them are to be told again."""
+        await asyncio.gather(*(self._limits.settle(one) for one in settlements))
 
     async def renew(self, held: Sequence[uuid.UUID]) -> list[uuid.UUID]:
         """See `LimitKeeping.renew`."""
@@ -85,10 +107,27 @@ class Limits:
         """See `LimitKeeping.standing`."""
         return await self._limits.standing(scopes)
 
+    async def _reserve(self, reservation: Reservation) -> Allowance | LimitsUnavailable:
+        try:
+            return await self._limits.reserve(reservation)
+        except LimitsUnavailable as error:
+            return error
+
+    async def _hand_over(self) -> None:
+        await self._limits.until_wanted()
+        # First what gateways ask directly, so that they find their way to the successor.
+        await self.close_direct()
+        await self._limits.hand_over()
+        logger.info("handed over", extra={"action": "limits.handed_over"})
+
     async def check_health(self) -> None:
         """Raise LimitsBroken where the limits are kept no more: Serve then replaces us."""
         self._limits.check()
+        check_goes_on(self._handing_over, "No successor is looked for", LimitsBroken)
 
     async def __del__(self) -> None:
         """Called by Serve when the replica stops."""
+        self._handing_over.cancel()
+        await asyncio.wait([self._handing_over])
+        await self.close_direct()
         await self._limits.close()

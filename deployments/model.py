@@ -19,7 +19,7 @@ from serve_app.engine_counters import EngineCounters, read_engine_counters, read
 from serve_app.engine_watch import EngineStuck, EngineWatch
 from serve_app.errors import ModelNotReady
 from serve_app.models.weights import adapter_rank, find_adapter, find_weights
-from serve_app.replica import Slot
+from serve_app.replica import Run
 from serve_app.settings import TracingSettings, load_settings
 
 
@@ -61,6 +61,15 @@ def llm_config(model: ModelArgs) -> LLMConfig:
         log_engine_metrics=False,
         **device,
     )
+
+
+def leave_nodes_as_they_are(config: LLMConfig) -> None:
+    """Have Ray start nothing that fetches weights before the engine starts.
+
+    They are in a folder, or the engine fetches them itself. Ray would find that out in a process
+    of its own on each node, which first imports all of vLLM: 15 s of a start on two cores.
+    """
+    config.get_or_create_callback().ctx.run_init_node = False
 
 
 def _tracing_arguments(settings: TracingSettings) -> dict[str, Any]:
@@ -112,6 +121,7 @@ class Model(Leasing, LLMServer):
     ) -> None:
         self._watch = EngineWatch(stuck_after_s)
         _tell_exporter_of_engine(load_settings().tracing)
+        leave_nodes_as_they_are(llm_config)
         await super().__init__(llm_config)
 
     async def start(self) -> None:
@@ -127,6 +137,7 @@ class Model(Leasing, LLMServer):
             prometheus_client.REGISTRY.collect(),
             replica_id=replica_id(),
             live_leases=self.live_leases,
+            resting_leases=self.resting_leases,
         )
 
     async def check_health(self) -> None:
@@ -156,16 +167,16 @@ class Model(Leasing, LLMServer):
                 process.kill()
             raise
 
-    async def _abort(self, slot: Slot) -> None:
-        await self._engine.abort(_running_under(slot, self._engine.output_processor))
+    async def _abort(self, run: Run) -> None:
+        await self._engine.abort(_running_for(run, self._engine.output_processor))
 
 
-def _running_under(slot: Slot, outputs: Any) -> list[str]:
-    """Return the ids that vLLM's endpoints gave to what runs for the request of `slot`.
+def _running_for(run: Run, outputs: Any) -> list[str]:
+    """Return the ids that vLLM's endpoints gave to what they do for the request of `run`.
 
     They make them of its X-Request-ID, with a prefix by endpoint and mostly a suffix by prompt:
     see `request_id` in vllm/entrypoints.
     """
-    if not slot.request_id:
+    if not run.request_id:
         return []
-    return [name for name in outputs.external_req_ids if slot.request_id in name]
+    return [name for name in outputs.external_req_ids if run.request_id in name]

@@ -6,18 +6,22 @@ Appends wait in groups for one fsync, so very many may be under way at once.
 
 from __future__ import annotations
 
+import asyncio
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from ray import serve
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from deployments.direct import Direct
 from deployments.options import RequestLogOptions
 from deployments.tracing import replica_sink
 from deployments.upkeep import build_upkeep
 from serve_app.accounts import request_log
 from serve_app.accounts.drift import EngineCounts, EngineReading
+from serve_app.accounts.procedures import log_handlers
 from serve_app.accounts.redaction import Redactor
 from serve_app.accounts.request_log import LogConfig, LogStatus
 from serve_app.accounts.sealing.master_keys import MasterKeys
@@ -26,6 +30,7 @@ from serve_app.accounts.spool import Spool
 from serve_app.accounts.spool_folders import SpoolFolders
 from serve_app.accounts.spooled import SpooledForm
 from serve_app.config import parse_config
+from serve_app.errors import LogUnavailable
 from serve_app.lazy_pool import build_pool
 from serve_app.log_setup import log_as_json
 from serve_app.records import RequestRecord
@@ -96,7 +101,7 @@ class RayLogMetrics:
     logging_config={"enable_access_log": False},
     ray_actor_options={"num_cpus": 0},
 )
-class RequestLog:
+class RequestLog(Direct):
     """Takes records from the gateways and sees them into PostgreSQL."""
 
     async def __init__(self, options: dict[str, Any] | None = None) -> None:  # type: ignore[misc]
@@ -145,6 +150,7 @@ class RequestLog:
                 name="engine_counts",
             )
         )
+        await self.open_direct(log_handlers(self.append_all), settings.service)
 
     async def append(self, record: RequestRecord) -> None:
         """Return once `record` is on disk; safe to repeat.
@@ -153,6 +159,10 @@ class RequestLog:
             LogUnavailable: the record is not known to be safe.
         """
         await self._log.append(record)
+
+    async def append_all(self, records: Sequence[RequestRecord]) -> list[bool]:
+        """Tell of each of `records` whether it is on disk; see `append`."""
+        return await asyncio.gather(*(self._appended(record) for record in records))
 
     async def has_room(self) -> bool:
         """Tell whether new requests may count on being recorded here."""
@@ -166,6 +176,13 @@ class RequestLog:
         """See `EngineCounts.note`; model replicas tell it now and then."""
         await self._counts.note(reading)
 
+    async def _appended(self, record: RequestRecord) -> bool:
+        try:
+            await self._log.append(record)
+        except LogUnavailable:
+            return False
+        return True
+
     async def check_health(self) -> None:
         """Raise LogBroken or UpkeepBroken where a part of ours died: Serve then replaces us."""
         self._log.check()
@@ -173,6 +190,7 @@ class RequestLog:
 
     async def __del__(self) -> None:
         """Called by Serve when the replica stops: move what can be moved, keep the rest."""
+        await self.close_direct()
         await self._upkeep.close()
         await self._counts.close()
         await self._log.drain(self._options.drain_timeout_s)

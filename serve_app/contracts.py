@@ -15,6 +15,7 @@ from typing import Protocol
 
 from serve_app.config import ModelEntry, Standing
 from serve_app.errors import OverLimit, QuotaExceeded, RateLimited, RequestError
+from serve_app.pickled import set_state_or_defaults
 from serve_app.records import RequestRecord
 
 
@@ -247,11 +248,19 @@ class LeaseHint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseGrant:
-    """A slot at one replica: where its HTTP server is, and the token that opens it once."""
+    """A slot at one replica: where its HTTP server is, and the token that opens it.
+
+    `may_keep` is how many leases of this replica a gateway may keep between two requests. With
+    0 the token is good for one request.
+    """
 
     address: str
     token: str
     replica_id: str
+    may_keep: int = 0
+
+    # During an update it comes from a replica of the release before.
+    __setstate__ = set_state_or_defaults
 
 
 class Lease(Protocol):

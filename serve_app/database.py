@@ -83,6 +83,9 @@ async def connect(
 ) -> asyncpg.Connection:
     """Open one connection; its session speaks UTC. A statement timeout of 0 is none.
 
+    PostgreSQL waits as long for the next statement of a transaction, and then ends it: over a
+    link that went dead it would not see that we are gone, and hold our locks for hours.
+
     Raises:
         DatabaseUnavailable: no server there, or it refuses us; says which and why.
     """
@@ -124,6 +127,7 @@ def _arguments(
     connect_timeout_s: float,
 ) -> dict[str, Any]:
     password = settings.password
+    timeout_ms = str(round(statement_timeout_s * 1000))
     return {
         "host": settings.host,
         "port": settings.port,
@@ -134,7 +138,8 @@ def _arguments(
         "timeout": connect_timeout_s,
         "server_settings": {
             "application_name": application_name,
-            "statement_timeout": str(round(statement_timeout_s * 1000)),
+            "statement_timeout": timeout_ms,
+            "idle_in_transaction_session_timeout": timeout_ms,
             "timezone": "UTC",
         },
     }

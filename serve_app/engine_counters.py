@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from prometheus_client import Metric
 
+from serve_app.pickled import set_state_or_defaults
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCounters:
@@ -18,6 +20,11 @@ class EngineCounters:
     requests_running: int = 0
     requests_waiting: int = 0
     live_leases: int = 0
+    # Of those, how many are kept for a next request while none runs under them.
+    resting_leases: int = 0
+
+    # During an update it comes from a replica of the release before.
+    __setstate__ = set_state_or_defaults
 
 
 _SAMPLES = {
@@ -29,7 +36,7 @@ _SAMPLES = {
 
 
 def read_engine_counters(
-    metrics: Iterable[Metric], *, replica_id: str, live_leases: int
+    metrics: Iterable[Metric], *, replica_id: str, live_leases: int, resting_leases: int
 ) -> EngineCounters:
     """Sum vLLM's samples over engine cores. `metrics` is what a registry's `collect` gives."""
     sums = dict.fromkeys(_SAMPLES.values(), 0)
@@ -37,7 +44,9 @@ def read_engine_counters(
         for sample in metric.samples:
             if (field := _SAMPLES.get(sample.name)) is not None:
                 sums[field] += int(sample.value)
-    return EngineCounters(replica_id=replica_id, live_leases=live_leases, **sums)
+    return EngineCounters(
+        replica_id=replica_id, live_leases=live_leases, resting_leases=resting_leases, **sums
+    )
 
 
 # vLLM sets each of these from the messages of its engine core: one of them changes with every

@@ -59,6 +59,10 @@ class CompAIError(Exception):
         super().__init__(self.message)
 
 
+class HandedOver(CompAIError):
+    """Another replica does this by now: ask again, and Ray will lead there."""
+
+
 class ConfigError(CompAIError):
     """The configuration is wrong.
 

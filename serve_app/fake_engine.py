@@ -80,7 +80,7 @@ class FakeEngine:
         if (event := self._aborted.get(request_id)) is not None:
             event.set()
 
-    def counters(self, *, replica_id: str, live_leases: int) -> EngineCounters:
+    def counters(self, *, replica_id: str, live_leases: int, resting_leases: int) -> EngineCounters:
         """Return the counts of this engine since its start."""
         return EngineCounters(
             replica_id=replica_id,
@@ -88,6 +88,7 @@ class FakeEngine:
             completion_tokens=self._completion_tokens,
             requests_running=len(self._aborted),
             live_leases=live_leases,
+            resting_leases=resting_leases,
         )
 
     async def chat(self, request_id: str, body: dict[str, Any]) -> Response:

@@ -7,7 +7,6 @@ that came during the previous one: group commit without a timer. Exactly one pro
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import queue
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from serve_app.errors import ConfigError, RequestError
+from serve_app.file_lock import FileLock
 from serve_app.files import sync_folder
 
 _LOCK_POLL_S = 0.1  # flock has no wait with a limit
@@ -78,7 +78,9 @@ class GroupCommit:
         self._max_bytes = max_bytes
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._lock: int | None = None
+        self._lock = FileLock(folder / f"{name}.lock")
+        # Held by who waits for the first one.
+        self._next = FileLock(folder / f"{name}.next")
         self._closed = True
 
     @property
@@ -96,6 +98,11 @@ class GroupCommit:
         """Tell whether the file takes jobs."""
         return not self._closed and self._thread is not None and self._thread.is_alive()
 
+    @property
+    def wanted(self) -> bool:
+        """Whether another process waits for the file. Raises OSError."""
+        return self._next.held_elsewhere()
+
     async def open(self) -> None:
         """Take the lock, waiting up to `lock_timeout_s` for its holder, and open the file.
 
@@ -109,12 +116,12 @@ class GroupCommit:
             await self._take_lock()
             connection = await asyncio.to_thread(self._connect)
         except (OSError, sqlite3.Error) as error:
-            self._release_lock()
+            self._lock.give_back()
             allowed = f"a folder with a {self._name} that can be written ({type(error).__name__})"
             kind = FileDamaged if _is_damage(error) else ConfigError
             raise kind(f"the {self._name} folder", str(self._folder), allowed) from error
         except asyncio.CancelledError:
-            self._release_lock()
+            self._lock.give_back()
             raise
         self._closed = False
         self._thread = threading.Thread(
@@ -129,7 +136,7 @@ class GroupCommit:
             self._jobs.put(None)
             await asyncio.to_thread(self._thread.join)
             self._thread = None
-        self._release_lock()
+        self._lock.give_back()
 
     async def _do(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """Return what `work` returns, once it is committed; done even if cancelled.
@@ -146,26 +153,19 @@ class GroupCommit:
         return await job.result
 
     async def _take_lock(self) -> None:
-        descriptor = os.open(self._folder / f"{self._name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         deadline = time.monotonic() + self._lock_timeout_s
         try:
-            while not _try_lock(descriptor):
+            while not self._lock.try_take():
                 if time.monotonic() >= deadline:
                     raise FileHeld(
                         f"the {self._name} folder",
                         str(self._folder),
                         f"one that no other process holds (waited {self._lock_timeout_s:g} s)",
                     )
+                self._next.try_take()
                 await asyncio.sleep(_LOCK_POLL_S)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        self._lock = descriptor
-
-    def _release_lock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)  # the kernel does the same when the process dies
-            self._lock = None
+        finally:
+            self._next.give_back()
 
     # From here on: the thread of the file.
 
@@ -288,14 +288,6 @@ class GroupCommit:
 def _is_damage(error: Exception) -> bool:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _transact(connection: sqlite3.Connection, group: Sequence[_Job[Any]]) -> list[Any]:

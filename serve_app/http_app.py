@@ -73,9 +73,12 @@ def create_app(gateway: GetGateway, checks: Callable[[], list[Check]]) -> FastAP
 def _add_completions(app: FastAPI, gateway: GetGateway) -> None:
     for kind in Kind:
         for address in kind.endpoint.addresses:
+            complete = _complete(kind, gateway)
+            # Serves: nothing of a request is FastAPI's to resolve. The other one is described.
+            app.router.add_route(address, complete, methods=["POST"], include_in_schema=False)
             app.add_api_route(
                 address,
-                _complete(kind, gateway),
+                complete,
                 methods=["POST"],
                 tags=["completions"],
                 # The other addresses are the same endpoint, so the document names one.

@@ -6,13 +6,18 @@ first + 2   Ray's agent for runtime environments
 first + 3   Ray's dashboard agent, HTTP
 first + 4   Ray's dashboard agent, gRPC
 first + 5   Ray's client server, on the head
-then        model replicas, HTTP: a quarter of the range
+then        model replicas, HTTP, and what gateways call directly: a quarter of the range
+then        gateways, where HAProxy asks them: an eighth of the range
 the rest    Ray's workers
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEAST_PORTS = 100
@@ -71,11 +76,34 @@ class NodePorts:
 
     @property
     def replicas(self) -> range:
-        """Of the HTTP servers of model replicas."""
+        """Of the HTTP servers of model replicas, and of what gateways call directly."""
         start = self.first + _SINGLE
         return range(start, start + (self.last - self.first + 1) // 4)
 
     @property
+    def gateways(self) -> range:
+        """Of what HAProxy asks: gateways, and one of each model replica, where it asks nothing."""
+        start = self.replicas.stop
+        return range(start, start + (self.last - self.first + 1) // 8)
+
+    @property
     def workers(self) -> range:
         """Of Ray's workers."""
-        return range(self.replicas.stop, self.last + 1)
+        return range(self.gateways.stop, self.last + 1)
+
+
+def listen(host: str, ports: Sequence[int]) -> socket.socket:
+    """Return a socket that listens on the first of `ports` that is free, or any without them.
+
+    Raises OSError: none is free, or `host` is not of this machine.
+    """
+    ports = ports or (0,)
+    # Replicas of this node that start at the same time do not all try the same one first.
+    start = os.getpid() % len(ports)
+    for port in (*ports[start:], *ports[:start]):
+        try:
+            return socket.create_server((host, port), backlog=2048)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    raise OSError(errno.EADDRINUSE, f"no free port from {ports[0]} to {ports[-1]}")

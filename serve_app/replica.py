@@ -1,18 +1,16 @@
 """The face of a model replica: leases, and the door in front of its HTTP app.
 
 A replica hands out a slot as a lease (through Ray) and serves the request itself over HTTP.
-The door lets a request in only with the token of a live lease, once. When the lease ends,
+The door lets a request in only with the token of a live lease: one at a time, and the next one
+only where the lease may be kept and the one before ended in good order. When the lease ends,
 whatever still runs under its token is stopped.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import hmac
-import os
 import secrets
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -22,6 +20,7 @@ import orjson
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.node_ports import listen
 from serve_app.scaling.readings import FirstTokens
 
 LEASE_HEADER = "x-comp-ai-lease"
@@ -32,18 +31,34 @@ _TOKEN_BYTES = 32
 _GRACE_S = 0.25
 
 
-@dataclass(slots=True)
-class Slot:
-    """One live lease and what runs under it."""
+# A lease that a gateway keeps takes a slot from the others, so each keeps a small part at most.
+_SLOTS_FOR_ONE_KEPT = 16
 
-    token: str
+
+def may_keep(slots: int) -> int:
+    """Return how many leases of a replica with `slots` each gateway may keep between requests."""
+    return slots // _SLOTS_FOR_ONE_KEPT
+
+
+@dataclass(eq=False, slots=True)
+class Run:
+    """One request that is served under a lease."""
+
+    request_id: str
+    # Its last byte went out. The app may still tidy up, and the gateway may be faster.
+    answered: bool = False
     task: asyncio.Task[None] | None = None
-    request_id: str = ""
-    used: bool = False
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def in_good_order(self) -> bool:
+        """Whether it ended by itself and with a whole answer."""
+        if self.task is None or not self.task.done() or self.task.cancelled():
+            return False
+        return self.answered and not self.stopped.is_set() and self.task.exception() is None
+
     def stop(self) -> None:
-        """End the request that runs under this lease, if one does.
+        """End it, if it runs.
 
         The app first sees its client go: vLLM runs a whole answer in a task of its own, which
         ends on that and would outlive a cancellation. Who does not look is cancelled.
@@ -51,6 +66,54 @@ class Slot:
         self.stopped.set()
         if self.task is not None and not self.task.done():
             asyncio.get_running_loop().call_later(_GRACE_S, self.task.cancel)
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """One live lease and what runs under it: one request, and the ends of those before."""
+
+    token: str
+    # Whether another request may follow one that ended in good order.
+    kept: bool = False
+    runs: list[Run] = field(default_factory=list)
+    used: bool = False
+    spent: bool = False
+
+    @property
+    def free(self) -> bool:
+        """Whether a request may begin."""
+        return not self.spent and all(run.answered for run in self.runs)
+
+    @property
+    def resting(self) -> bool:
+        """Whether its requests have ended and another may follow."""
+        return self.used and not self.spent and not self.runs
+
+    def begin(self, request_id: str) -> Run:
+        """Return the run of a request that is let in."""
+        self.used, self.spent = True, not self.kept
+        run = Run(request_id)
+        self.runs.append(run)
+        return run
+
+    def end(self, run: Run) -> None:
+        """Stop `run` if it still runs; after one that broke off nobody else is let in."""
+        self.spent = self.spent or not run.in_good_order
+        run.stop()
+        self.runs.remove(run)
+
+    def running(self, request_id: str | None) -> Run | None:
+        """Return what runs now, if it is that request; None stands for whatever it is."""
+        for run in self.runs:
+            if not run.answered and request_id in (None, run.request_id):
+                return run
+        return None
+
+    def stop(self) -> None:
+        """End what runs under this lease."""
+        self.spent = True
+        for run in self.runs:
+            run.stop()
 
 
 class LeaseBook:
@@ -62,10 +125,18 @@ class LeaseBook:
     def __len__(self) -> int:
         return len(self._slots)
 
+    @property
+    def resting(self) -> int:
+        """How many are kept for a next request while none runs under them."""
+        return sum(slot.resting for slot in self._slots.values())
+
     @asynccontextmanager
-    async def lease(self) -> AsyncIterator[Slot]:
-        """Hold a slot open; on leaving, also by cancellation, its request is stopped."""
-        slot = Slot(token=secrets.token_urlsafe(_TOKEN_BYTES))
+    async def lease(self, *, kept: bool = False) -> AsyncIterator[Slot]:
+        """Hold a slot open; on leaving, also by cancellation, its request is stopped.
+
+        One that is `kept` is good for requests one after the other, else for one.
+        """
+        slot = Slot(token=secrets.token_urlsafe(_TOKEN_BYTES), kept=kept)
         self._slots[slot.token] = slot
         try:
             yield slot
@@ -80,14 +151,16 @@ class LeaseBook:
         return slot if slot is not None and hmac.compare_digest(slot.token, token) else None
 
 
-Abort = Callable[[Slot], Awaitable[None]]
+Abort = Callable[[Run], Awaitable[None]]
 
 
 class LeaseDoor:
-    """ASGI middleware that lets a request in only under a live lease, once.
+    """ASGI middleware that lets a request in only under a live lease, one at a time.
 
     `POST /lease/abort` under the same token asks the engine to end the request early but in
-    good order, so that its stream still closes with the usage of what was generated.
+    good order, so that its stream still closes with the usage of what was generated. Its
+    X-Request-ID says which one: late, it must not end the next. A gateway of the release
+    before says none, and has none but one.
     """
 
     def __init__(
@@ -107,39 +180,48 @@ class LeaseDoor:
         if slot is None:
             await _refuse(send, 403, "no live lease")
         elif scope["path"] == ABORT_PATH:
-            await self._abort(slot)
+            await self._end_early(slot, _request_id(headers))
             await _refuse(send, 202, "aborting")
-        elif slot.used:
-            await _refuse(send, 409, "this lease was used")
+        elif not slot.free:
+            await _refuse(send, 409, "this lease is in use, or was used")
         else:
-            await self._serve(slot, headers, scope, receive, send)
+            await self._serve(slot, _request_id(headers) or "", scope, receive, send)
+
+    async def _end_early(self, slot: Slot, request_id: str | None) -> None:
+        # What overtakes its request finds nothing to end, and comes again.
+        if (run := slot.running(request_id)) is not None:
+            await self._abort(run)
 
     async def _serve(
-        self, slot: Slot, headers: dict[str, bytes], scope: Scope, receive: Receive, send: Send
+        self, slot: Slot, request_id: str, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        slot.used = True
-        slot.request_id = headers.get(REQUEST_ID_HEADER, b"").decode("latin-1")
+        run = slot.begin(request_id)
         # A task of its own, so that the end of the lease stops the engine's request even
         # where the app waits for the next token and would not notice a closed connection.
-        timed = _timed(send, self._first_tokens)
-        slot.task = asyncio.create_task(self._run(scope, _stoppable(receive, slot), timed))
+        noted = _noting_end(_timed(send, self._first_tokens), run)
+        run.task = asyncio.create_task(self._run(scope, _stoppable(receive, run), noted))
         try:
-            await asyncio.wait([slot.task])
+            await asyncio.wait([run.task])
         finally:
-            slot.stop()
-        if not slot.task.cancelled() and (error := slot.task.exception()) is not None:
+            slot.end(run)
+        if not run.task.cancelled() and (error := run.task.exception()) is not None:
             raise error
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
 
 
-def _stoppable(receive: Receive, slot: Slot) -> Receive:
-    """Return a `receive` that tells of a disconnect when the lease of `slot` ends."""
+def _request_id(headers: dict[str, bytes]) -> str | None:
+    value = headers.get(REQUEST_ID_HEADER)
+    return None if value is None else value.decode("latin-1")
+
+
+def _stoppable(receive: Receive, run: Run) -> Receive:
+    """Return a `receive` that tells of a disconnect when `run` is stopped."""
 
     async def receive_or_stop() -> Message:
         receiving = asyncio.ensure_future(receive())
-        stopping = asyncio.ensure_future(slot.stopped.wait())
+        stopping = asyncio.ensure_future(run.stopped.wait())
         try:
             await asyncio.wait([receiving, stopping], return_when=asyncio.FIRST_COMPLETED)
             return receiving.result() if receiving.done() else {"type": "http.disconnect"}
@@ -148,6 +230,18 @@ def _stoppable(receive: Receive, slot: Slot) -> Receive:
             stopping.cancel()
 
     return receive_or_stop
+
+
+def _noting_end(send: Send, run: Run) -> Send:
+    """Return a `send` that notes when the last byte goes out."""
+
+    async def send_and_note(message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            # Before it goes: who reads it may send the next request at once.
+            run.answered = True
+        await send(message)
+
+    return send_and_note
 
 
 def _timed(send: Send, first_tokens: FirstTokens) -> Send:
@@ -181,18 +275,6 @@ class _QuietServer(uvicorn.Server):
         yield
 
 
-def _listen(host: str, ports: Sequence[int]) -> socket.socket:
-    # Replicas of this node that start at the same time do not all try the same one first.
-    start = os.getpid() % len(ports)
-    for port in (*ports[start:], *ports[:start]):
-        try:
-            return socket.create_server((host, port), backlog=2048)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-    raise OSError(errno.EADDRINUSE, f"no free port from {ports[0]} to {ports[-1]}")
-
-
 class ReplicaServer:
     """Serves an ASGI app on a free port of `host`, inside the running event loop.
 
@@ -201,7 +283,7 @@ class ReplicaServer:
 
     def __init__(self, app: ASGIApp, host: str, ports: Sequence[int] = ()) -> None:
         self._host = host
-        self._ports = ports or (0,)
+        self._ports = ports
         self._server = _QuietServer(
             uvicorn.Config(
                 app,
@@ -217,7 +299,7 @@ class ReplicaServer:
 
     async def start(self) -> None:
         """Bind, listen and serve. Raises OSError if `host` cannot be bound, or no port is free."""
-        listener = _listen(self._host, self._ports)
+        listener = listen(self._host, self._ports)
         port = listener.getsockname()[1]
         self.address = f"{self._host}:{port}"
         self._task = asyncio.create_task(

@@ -64,8 +64,21 @@ class ServiceSettings(_Settings):
     port: Port = Field(
         default=3002,
         alias="COMP_AI_PORT",
-        description="Port of the Serve proxy behind nginx. Never publish it. Under `comp-ai up` "
-        "it replaces the port in the YAML.",
+        description="Port behind nginx, of HAProxy or of Serve's own proxy. Never publish it. "
+        "Under `comp-ai up` it replaces the port in the YAML.",
+    )
+    haproxy: bool = Field(
+        default=True,
+        alias="COMP_AI_HAPROXY",
+        description="Whether [HAProxy](architecture.md#haproxy) brings requests to the gateways, "
+        "on every node, or Serve's own proxy, at up to twice the CPU time. The same on all nodes "
+        "of a cluster.",
+    )
+    fallback_port: Port = Field(
+        default=3004,
+        alias="COMP_AI_FALLBACK_PORT",
+        description="With HAProxy, port of Serve's own proxy on the head, which HAProxy asks "
+        "while no gateway can be reached. Never publish it.",
     )
     issuer_port: Port = Field(
         default=3003,
@@ -111,7 +124,7 @@ class ServiceSettings(_Settings):
     ] = Field(
         default=None,
         alias="COMP_AI_NODE_PORTS",
-        description="Range that Ray and the model replicas of this node take their ports from, "
+        description="Range that Ray and the replicas of this node take their ports from, "
         "as `20000-20999`, at least 100 ports; any free ports where it is not set. "
         "What each is stands in [deployment](deployment.md#ports-and-firewall).",
     )
@@ -215,6 +228,15 @@ class PostgresSettings(_Settings):
         le=1000,
         alias="POSTGRES_POOL_SIZE",
         description="Most connections of one gateway for what requests need.",
+    )
+    batch_pool_size: int = Field(
+        default=4,
+        # A step of a batch may hold one for minutes; claims must be renewed beside it.
+        ge=2,
+        le=1000,
+        alias="POSTGRES_BATCH_POOL_SIZE",
+        description="Most connections of one gateway for the lines of batches, so that those do "
+        "not take what requests of users need.",
     )
     read_host: str | None = Field(
         default=None,

@@ -27,7 +27,7 @@ for line in sys.stdin:
     if app := line.strip():
         call = serve.get_app_handle(app).options(stream=True).lease.remote(None)
         grant = next(call)
-        print(json.dumps([grant.address, grant.token]), flush=True)
+        print(json.dumps([grant.address, grant.token]), file=answers, flush=True)
 """
 
 

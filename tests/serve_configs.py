@@ -15,8 +15,8 @@ REAL_MODEL = "smollm2-135m-instruct"
 EMBEDDING_MODEL = "all-minilm-l6-v2"
 ADAPTER = "smollm2-wild"
 FAKE_MODEL = "fake"
-# How long the suites let the real engine stand still.
-STUCK_AFTER_S = 20
+# How long the suites let the real engine stand still. On a slow machine the first step takes long.
+STUCK_AFTER_S = 60
 # One application that is scaled to zero when idle, offered as one that is waited for and as one
 # that is not.
 COLD_MODEL = "cold"
@@ -94,14 +94,15 @@ def keep_journals(config: dict[str, Any], folder: Path) -> None:
 
 def suite_config(*, real_model: bool, gateways: int, cold_model: bool = False) -> dict[str, Any]:
     """Return the shipped CPU config with a fake model beside or instead of the real one."""
-    config: dict[str, Any] = _shipped("local-cpu")
+    config: dict[str, Any] = shipped("local-cpu")
     if not real_model:
         config["applications"] = [config["applications"][0]]
     config["applications"].append(deepcopy(_FAKE_APP))
     gateway = config["applications"][0]["deployments"][0]
     gateway["num_replicas"] = gateways
-    # A replica that is told to stop while a test still streams is not waited for.
-    gateway["graceful_shutdown_timeout_s"] = 10
+    # A replica that is told to stop while a test still streams is not waited for. It takes new
+    # requests for the first 10 s of it.
+    gateway["graceful_shutdown_timeout_s"] = 15
     policy = gateway["user_config"]
     names = [REAL_MODEL, FAKE_MODEL] if real_model else [FAKE_MODEL]
     policy["models"] = [{"name": name, "app": name, "max_tokens": 2048} for name in names]
@@ -137,14 +138,15 @@ def quick_to_notice(config: dict[str, Any]) -> dict[str, Any]:
 
 def with_embedding_model(config: dict[str, Any]) -> dict[str, Any]:
     """Return `config` with the embedding model as it is shipped."""
-    shipped = _shipped("local-cpu-models")
+    models = shipped("local-cpu-models")
     config = deepcopy(config)
-    config["applications"].append(_app(shipped, EMBEDDING_MODEL))
-    _models(config).extend(m for m in _models(shipped) if m["name"] == EMBEDDING_MODEL)
+    config["applications"].append(_app(models, EMBEDDING_MODEL))
+    _models(config).extend(m for m in _models(models) if m["name"] == EMBEDDING_MODEL)
     return config
 
 
-def _shipped(name: str) -> dict[str, Any]:
+def shipped(name: str) -> dict[str, Any]:
+    """Return one of the shipped Serve configs."""
     config: dict[str, Any] = yaml.safe_load((_CONFIGS / f"{name}.yaml").read_text())
     return config
 

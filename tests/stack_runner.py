@@ -41,6 +41,7 @@ PORTS = (
     "COMP_AI_RAY_PORT",
     "COMP_AI_DASHBOARD_PORT",
     "COMP_AI_METRICS_PORT",
+    "COMP_AI_FALLBACK_PORT",
 )
 
 
@@ -192,13 +193,20 @@ class RunningStack:
             await api.close()
 
     def stop(self) -> None:
-        """Press Ctrl-C, wait for the end."""
+        """Press Ctrl-C, wait for the end; raise TimeoutExpired where it had to be killed."""
         if self.probe is not None:
             self.probe.kill()
             self.probe.wait()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-        self.process.wait(180)
+        try:
+            self.process.wait(180)
+        except subprocess.TimeoutExpired:
+            for process in descendants(self.process.pid):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.process.kill()
+            raise
 
 
 # Joins the cluster once and then answers at once: a new driver takes seconds.
@@ -209,14 +217,24 @@ from ray import serve
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 for line in sys.stdin:
     call = serve.get_app_handle(line.strip()).engine_counters.remote()
-    print(json.dumps(dataclasses.asdict(call.result())), flush=True)
+    print(json.dumps(dataclasses.asdict(call.result())), file=answers, flush=True)
+"""
+# Ray prints warnings of its own to a driver's output. They must not be read as answers.
+_ANSWERS = """
+import os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
 """
 
 
 def start_driver(env: dict[str, str], token: Path, program: str) -> subprocess.Popen[str]:
-    """Start a Python program that gets the cluster's address and may join it."""
+    """Start a Python program that gets the cluster's address and may join it.
+
+    What it prints to `answers`, and nothing else, is in `stdout`.
+    """
+    address = f"127.0.0.1:{env['COMP_AI_RAY_PORT']}"
     return subprocess.Popen(
-        [sys.executable, "-c", program, f"127.0.0.1:{env['COMP_AI_RAY_PORT']}"],
+        [sys.executable, "-c", _ANSWERS + program, address],
         env=env
         | {
             "RAY_AUTH_MODE": "token",
@@ -251,10 +269,11 @@ def free_ports(count: int) -> list[int]:
     """Return ports that are free now.
 
     nginx takes its port minutes after this. Until then nobody else may be given it: the system
-    hands out ports from 32768, Ray takes those from 10002 to 19999 for its workers.
+    hands out ports from 32768, Ray takes those from 10002 to 19999 for its workers and those
+    from 30000 for gateways.
     """
     found: list[int] = []
-    for port in random.sample(range(20_000, 32_000), 1000):
+    for port in random.sample(range(20_000, 30_000), 1000):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             found.append(port)
         if len(found) == count:

@@ -12,7 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from serve_app.backoff import Backoff
-from serve_app.errors import RequestError
+from serve_app.errors import HandedOver, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,9 @@ async def until_answered(
     unavailable: type[RequestError],
     overloaded: type[RequestError],
 ) -> Answer:
-    """Return what `call` returns; while replicas are lost, call again, with growing pauses.
+    """Return what `call` returns; where a replica is lost, call again, with growing pauses.
+
+    So too where one has handed over, and Ray does not know its successor yet.
 
     It goes on until it is cancelled: the caller sets the time.
 
@@ -42,6 +44,8 @@ async def until_answered(
     while True:
         try:
             return await call()
+        except HandedOver:
+            logger.info("replica has handed over, trying again")
         except BackPressureError as error:
             raise overloaded(retry_after_s=1) from error
         except RequestError as error:
@@ -59,7 +63,7 @@ async def until_answered(
         await asyncio.sleep(backoff.next_s())
 
 
-async def answers(call: Any, timeout_s: float = 5.0) -> bool:
+async def answers(call: Any, timeout_s: float) -> bool:
     """Tell whether `call` ends well in time."""
     try:
         async with asyncio.timeout(timeout_s):

@@ -6,7 +6,11 @@ import asyncio
 from dataclasses import dataclass, field
 
 from ray import serve
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import (
+    DeploymentUnavailableError,
+    RayServeException,
+    RequestCancelledError,
+)
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deployments.applications import ServedApplications, StatusUnknown, state_of
@@ -38,7 +42,55 @@ class _Handle:
     """The way to one application, and the calls that wait on it for a slot."""
 
     handle: DeploymentHandle
-    waiting: set[DeploymentResponseGenerator] = field(default_factory=set)
+    waiting: set[asyncio.Task[LeaseGrant]] = field(default_factory=set)
+    _ending: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def lease(self, hint: LeaseHint) -> RayLease:
+        """Wait for a slot. If cancelled at any moment, none stays held."""
+        call = self.handle.lease.remote(hint)
+        granted = asyncio.create_task(call.__anext__(), name="wait-for-slot")
+        self.waiting.add(granted)
+        try:
+            return RayLease(await granted, call)
+        except asyncio.CancelledError:
+            self._end(call)
+            if (task := asyncio.current_task()) is not None and not task.cancelling():
+                # `forget` did it, not our caller.
+                raise RequestCancelledError(call.request_id) from None
+            raise
+        except BaseException:
+            call.cancel()
+            raise
+        finally:
+            self.waiting.discard(granted)
+
+    def forget(self) -> None:
+        """Have the calls that wait begin again, at what is deployed by then."""
+        for granted in list(self.waiting):
+            granted.cancel()
+
+    def _end(self, call: DeploymentResponseGenerator) -> None:
+        ending = asyncio.create_task(_ended(call), name="end-lease-call")
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+
+
+async def _ended(call: DeploymentResponseGenerator) -> None:
+    """Take `call` back, and what it was granted, after who waited for it was cancelled.
+
+    A call that was answered in that very moment has not taken the answer yet. Its `cancel` would
+    do nothing then, once and for all, and the replica hold the slot for ever (read in Ray 2.60,
+    with the router in the caller's loop). So another waits for it first. The first to do so may
+    end the same way, but then the answer is there, and the second takes it without a wait.
+    """
+    for _ in range(2):
+        taken = asyncio.create_task(call.__anext__(), name="take-lease")
+        await asyncio.sleep(0)  # until it waits: cancelled before, it would not touch the call
+        taken.cancel()
+        await asyncio.wait([taken])
+        if not taken.cancelled():
+            taken.exception()  # whatever it is, there is no slot
+    call.cancel()
 
 
 class RayModelPool:
@@ -75,14 +127,14 @@ class RayModelPool:
     async def _lease(self, model: ModelEntry, hint: LeaseHint) -> RayLease:
         known = await self._handle(model)
         try:
-            return await _granted(known, hint)
+            return await known.lease(hint)
         except DeploymentUnavailableError:
             # Taken away or failed, or deployed again since, which an old handle does not see.
             if await self.state(model) in (ModelState.FAILED, ModelState.ABSENT):
                 raise ModelNotReady(f"`{model.name}` does not run now.") from None
             self._forget(model.app, known)
         try:
-            return await _granted(await self._handle(model), hint)
+            return await (await self._handle(model)).lease(hint)
         except DeploymentUnavailableError as error:
             raise ModelNotReady(f"`{model.name}` does not run now.") from error
 
@@ -103,19 +155,4 @@ class RayModelPool:
     def _forget(self, app: str, known: _Handle) -> None:
         if self._handles.get(app) is known:
             del self._handles[app]
-        # Their calls begin again, with the handle of what is deployed by then.
-        for call in list(known.waiting):
-            call.cancel()
-
-
-async def _granted(known: _Handle, hint: LeaseHint) -> RayLease:
-    call = known.handle.lease.remote(hint)
-    known.waiting.add(call)
-    try:
-        return RayLease(await anext(call), call)
-    except BaseException:
-        # Also when cancelled: a slot that was granted meanwhile is given back.
-        call.cancel()
-        raise
-    finally:
-        known.waiting.discard(call)
+        known.forget()

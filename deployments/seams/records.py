@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
 from deployments.seams.calls import CALL_FAILED, until_answered
+from deployments.seams.direct import line_to
+from serve_app.accounts.procedures import APPEND_ALL
+from serve_app.direct import LineLost
 from serve_app.errors import LogUnavailable
+from serve_app.grouped_calls import GroupedCalls
 from serve_app.records import RequestRecord
 
 logger = logging.getLogger(__name__)
 
 # An append takes milliseconds. One that takes longer than this is tried elsewhere.
 _PATIENCE_FIRST_S = 5.0
+# Of a call whose callers have gone elsewhere meanwhile.
+_CALL_TIMEOUT_S = 60.0
 _ALL_TIMEOUT_S = 5.0
 _WATCH_EVERY_S = 1.0
+# Records that go with one call. They may hold texts of some megabytes.
+_MOST_IN_A_CALL = 32
 
 
 class RayRecordSink:
@@ -25,11 +35,14 @@ class RayRecordSink:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
+        self._line = line_to(handle)
         self._full = False
         self._watching: asyncio.Task[None] | None = None
+        self._appends = GroupedCalls(self._append_all, most=_MOST_IN_A_CALL)
 
     def start(self) -> None:
         """Begin to watch how full the replicas are, so that no request has to ask."""
+        self._line.start()
         self._watching = asyncio.create_task(self._watch(), name="watch-request-log")
 
     async def close(self) -> None:
@@ -37,6 +50,7 @@ class RayRecordSink:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])
+        await self._line.close()
 
     @property
     def full(self) -> bool:
@@ -53,22 +67,33 @@ class RayRecordSink:
         while True:
             try:
                 async with asyncio.timeout(patience_s):
-                    await self._append_somewhere(record)
-                return
+                    taken = await self._appends.ask(record)
             except TimeoutError:
                 logger.warning("the request log did not answer within %g s", patience_s)
                 patience_s *= 2
-            except LogUnavailable:
-                # Ray would ask the same replica again: one that refuses is never busy.
-                if await self._append_everywhere(record):
-                    return
-                raise
+                continue
+            # Ray would ask the same replica again: one that refuses is never busy.
+            if taken or await self._append_everywhere(record):
+                return
+            raise LogUnavailable
 
-    async def _append_somewhere(self, record: RequestRecord) -> None:
-        async def append() -> None:
-            await self._handle.append.remote(record)
+    async def _append_all(self, records: Sequence[RequestRecord]) -> list[bool]:
+        """Tell of each of `records` whether one replica, which Ray chooses, took it.
 
-        await until_answered(append, LogUnavailable, LogUnavailable)
+        It is told directly, else through Ray: a repeat is safe.
+        """
+        with suppress(LineLost):
+            return await self._line.call(APPEND_ALL, list(records))
+
+        async def append_all() -> list[bool]:
+            taken: list[bool] = await self._handle.append_all.remote(records)
+            return taken
+
+        try:
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                return await until_answered(append_all, LogUnavailable, LogUnavailable)
+        except LogUnavailable:
+            return [False] * len(records)
 
     async def _append_everywhere(self, record: RequestRecord) -> bool:
         """Tell whether one replica took `record`, all of them being asked."""

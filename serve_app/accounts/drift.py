@@ -105,8 +105,9 @@ class EngineCounts:
             Unavailable: PostgreSQL is away.
         """
         counters = reading.counters
-        # A lease is held from before the request goes out until its answer has ended.
         at_work = counters.requests_running + counters.requests_waiting
+        # A lease is held for a request from before that goes out until its answer has ended.
+        at_work = max(at_work, counters.live_leases - counters.resting_leases)
         async with self._pool.connection() as connection:
             await connection.execute(
                 _query("note"),
@@ -116,7 +117,7 @@ class EngineCounts:
                 reading.started_at,
                 counters.prompt_tokens,
                 counters.completion_tokens,
-                max(at_work, counters.live_leases),
+                at_work,
             )
 
     async def close(self) -> None:

@@ -28,6 +28,7 @@ from serve_app.accounts.redaction import Redactor
 from serve_app.accounts.sealing.subject_keys import SubjectKeys
 from serve_app.accounts.spool import Spool
 from serve_app.accounts.spool_folders import SpoolFolders
+from serve_app.background import check_goes_on
 from serve_app.backoff import Backoff
 from serve_app.database import CONNECT_ERRORS, DatabaseUnavailable, connect
 from serve_app.errors import CompAIError, LogUnavailable
@@ -117,7 +118,8 @@ class RequestLog:
         self._spans = LogSpans(sink)
         self._config = config or LogConfig()
         self._adopted = Adoption(folders, self._config.adopt_every_s)
-        self._task: asyncio.Task[None] | None = None
+        self._drain_task: asyncio.Task[None] | None = None
+        self._tell_task: asyncio.Task[None] | None = None
         self._connection: asyncpg.Connection | None = None
         self._work = asyncio.Event()  # something may have to be done
         self._empty = asyncio.Event()  # nothing was left when the drain last looked
@@ -130,9 +132,6 @@ class RequestLog:
         self._poisoned = 0
         self._last_error: str | None = None
         self._full = False
-        self._gauges_due = 0.0
-        self._gauged: int | None = None
-        self._gauge_again = 0.0
 
     async def start(self) -> None:
         """Open the spool and start draining; PostgreSQL need not be there.
@@ -143,7 +142,8 @@ class RequestLog:
         if not self._spool.alive:
             await self._spool.open()
         self._work.set()
-        self._task = asyncio.create_task(self._drain_for_ever(), name="request-log-drain")
+        self._drain_task = asyncio.create_task(self._drain_for_ever(), name="request-log-drain")
+        self._tell_task = asyncio.create_task(self._tell_for_ever(), name="request-log-gauges")
 
     async def append(self, record: RequestRecord) -> None:
         """Return once `record` is on disk; safe to repeat, and done even if cancelled.
@@ -175,12 +175,10 @@ class RequestLog:
         Raises:
             LogBroken: the drain or the spool is dead; says which.
         """
-        if self._task is None:
+        if self._drain_task is None or self._tell_task is None:
             raise LogBroken("The request log was not started.")
-        if self._task.done():
-            cause = None if self._task.cancelled() else self._task.exception()
-            name = type(cause).__name__ if cause else "cancelled"
-            raise LogBroken(f"The drain of the request log ended: {name}.") from cause
+        check_goes_on(self._drain_task, "The drain of the request log ended", LogBroken)
+        check_goes_on(self._tell_task, "The telling of the request log ended", LogBroken)
         if not self._spool.alive:
             raise LogBroken("The spool of the request log ended.")
 
@@ -221,10 +219,11 @@ class RequestLog:
         """Stop draining and close the spool; what is in it stays there."""
         if self._connection is not None:
             self._connection.terminate()  # else the cancelled write would wait for its rollback
-        if self._task is not None:
-            self._task.cancel()
-            # A drain that died of an error has said so in `check`.
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [task for task in (self._drain_task, self._tell_task) if task is not None]
+        for task in tasks:
+            task.cancel()
+        # One that died of an error has said so in `check`.
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._adopted.close()
         await self._spool.close()
 
@@ -279,7 +278,6 @@ class RequestLog:
             await self._empty_own(connection)
             self._settled()
             if await self._move_adopted(connection):
-                await self._report()
                 continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._config.gauges_every_s):
@@ -300,7 +298,6 @@ class RequestLog:
                 following = await self._next_batch(self._spool)
             batch = following
             await self._move_adopted(connection)
-            await self._report()
 
     async def _turn_page(self, written: Sequence[uuid.UUID], batch: Batch) -> Batch | None:
         """Forget what was written before `batch`, and return what may come behind it."""
@@ -358,8 +355,6 @@ class RequestLog:
         self._note_success()
         if not self._work.is_set():  # else something came while we looked
             self._empty.set()
-            if not self._adopted:
-                self._gauge(0, 0.0)
 
     def _note_write(self, seconds: float, written: int) -> None:
         self._note_success()
@@ -398,7 +393,6 @@ class RequestLog:
     async def _back_off(self) -> None:
         pause_s = self._backoff.next_s()
         self._failures += 1
-        await self._report(at_once=True)
         if self._hurry.is_set():
             await asyncio.sleep(self._config.backoff_first_s)
             return
@@ -406,16 +400,14 @@ class RequestLog:
             async with asyncio.timeout(pause_s):
                 await self._hurry.wait()
 
-    async def _report(self, *, at_once: bool = False) -> None:
-        now = time.monotonic()
-        if now < self._gauges_due and not at_once:
-            return
-        self._gauges_due = now + self._config.gauges_every_s
-        try:
-            depth, lag_s = await self._waiting()
-        except LogUnavailable:
-            return  # `check` tells whether the spool is dead
-        self._gauge(depth, lag_s)
+    async def _tell_for_ever(self) -> None:
+        """Tell the gauges whatever the drain waits for: Ray forgets one that is not told again."""
+        while True:
+            with contextlib.suppress(LogUnavailable):  # `check` tells whether the spool is dead
+                depth, lag_s = await self._waiting()
+                self._metrics.spool_depth(depth)
+                self._metrics.spool_lag_s(lag_s)
+            await asyncio.sleep(self._config.gauges_every_s)
 
     async def _waiting(self) -> tuple[int, float]:
         """Return how many rows wait, and for how long the oldest of them has."""
@@ -424,15 +416,6 @@ class RequestLog:
             with contextlib.suppress(LogUnavailable):  # let go just now
                 states.append(await spool.state())
         return sum(state.depth for state in states), max(state.oldest_age_s for state in states)
-
-    def _gauge(self, depth: int, lag_s: float) -> None:
-        # An empty spool is told again too: Ray drops a gauge that is not set any more.
-        now = time.monotonic()
-        if depth or self._gauged != 0 or now >= self._gauge_again:
-            self._metrics.spool_depth(depth)
-            self._metrics.spool_lag_s(lag_s)
-            self._gauge_again = now + self._config.gauges_every_s
-        self._gauged = depth
 
 
 async def _both(first: Awaitable[_First], second: Awaitable[_Second]) -> tuple[_First, _Second]:

@@ -6,7 +6,6 @@ one short transaction, beside the holder's own.
 
 from __future__ import annotations
 
-import fcntl
 import sqlite3
 import time
 import uuid
@@ -19,6 +18,7 @@ from urllib.parse import quote
 from serve_app.accounts.spool import STATE, Spool
 from serve_app.accounts.spool_folders import spool_folders
 from serve_app.errors import CompAIError
+from serve_app.file_lock import FileLock
 
 _POISON = "select id, set_aside_at, reason from poison order by seq"
 _RESTORE = """
@@ -97,14 +97,9 @@ def _report(folder: Path) -> SpoolReport:
 
 def _is_held(folder: Path) -> bool:
     try:
-        with (folder / Spool.LOCK).open("rb") as lock:
-            # Shared, so that two who look do not take each other for a holder.
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return FileLock(folder / Spool.LOCK).held_elsewhere()
     except OSError:
         return False
-    return False
 
 
 def _poison(folder: Path) -> list[PoisonRow]:

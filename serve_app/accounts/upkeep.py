@@ -1,4 +1,4 @@
-"""Upkeep of the accounts: what is done again and again, by one process at a time."""
+"""Upkeep of the accounts: what is done again and again, mostly by one process at a time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import asyncpg
 
 from serve_app.accounts.metrics import UpkeepMetrics
+from serve_app.background import check_goes_on
 from serve_app.backoff import Backoff
 from serve_app.database import CONNECT_ERRORS, DatabaseUnavailable, connect
 from serve_app.errors import CompAIError
@@ -39,12 +40,15 @@ class Task:
             that holds the lock: what it does through the connection happens in one process
             at a time. It may not reset the connection, which would give up the lock.
         timeout_s: longest time for one run and for each of its statements.
+        by_all: done by those that wait for the lock too, because it is about what only some
+            machines have, as a folder.
     """
 
     name: str
     every_s: float
     run: Callable[[asyncpg.Connection], Awaitable[None]]
     timeout_s: float = 600.0
+    by_all: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +82,7 @@ class Upkeep:
         self._metrics = metrics
         self._config = config or UpkeepConfig()
         self._backoff = Backoff(self._config.backoff_first_s, self._config.backoff_most_s)
+        self._by_all = tuple(task for task in self._tasks if task.by_all)
         self._due_s = dict.fromkeys(self._tasks, 0.0)
         self._connection: asyncpg.Connection | None = None
         self._working: asyncio.Task[None] | None = None
@@ -94,10 +99,7 @@ class Upkeep:
         """
         if self._working is None:
             raise UpkeepBroken("The upkeep was not started.")
-        if self._working.done():
-            cause = None if self._working.cancelled() else self._working.exception()
-            name = type(cause).__name__ if cause else "cancelled"
-            raise UpkeepBroken(f"The upkeep ended: {name}.") from cause
+        check_goes_on(self._working, "The upkeep ended", UpkeepBroken)
 
     async def close(self) -> None:
         """Stop; what is under way is undone."""
@@ -135,6 +137,7 @@ class Upkeep:
     async def _take_lock(self, connection: asyncpg.Connection) -> None:
         while not await self._took_lock(connection):
             self._backoff.reset()
+            await self._run_due(self._by_all, connection)
             longest_s = self._config.lock_again_s
             await asyncio.sleep(random.uniform(longest_s / 2, longest_s))  # noqa: S311
         _logger.info("this process does the upkeep", extra={"action": "upkeep.taken"})
@@ -146,14 +149,17 @@ class Upkeep:
 
     async def _work(self, connection: asyncpg.Connection) -> None:
         while True:
-            for task in self._tasks:
-                if self._due_s[task] <= time.monotonic():
-                    await self._run(task, connection)
+            await self._run_due(self._tasks, connection)
             self._backoff.reset()
-            self._metrics.upkeep_goes_on()
             await asyncio.sleep(self._idle_s())
             if connection.is_closed():
                 raise ConnectionResetError
+
+    async def _run_due(self, tasks: Sequence[Task], connection: asyncpg.Connection) -> None:
+        for task in tasks:
+            if self._due_s[task] <= time.monotonic():
+                await self._run(task, connection)
+        self._metrics.upkeep_goes_on()
 
     def _idle_s(self) -> float:
         first_due_s = min(self._due_s.values(), default=float("inf"))

@@ -30,6 +30,8 @@ class BackupMetrics(Protocol):
 def backup_task(path: Path, metrics: BackupMetrics) -> Task:
     """Return the task; where `path` is no folder of this machine it does nothing.
 
+    All do it: on several hosts the one that holds the lock may not be the one with the folder.
+
     After an erasure it writes the key ring anew, so that the key that was destroyed goes from
     there too without anybody's doing.
     """
@@ -50,7 +52,7 @@ def backup_task(path: Path, metrics: BackupMetrics) -> Task:
             await ring.rewrite(connection)
             in_ring = erased
 
-    return Task("backup", EVERY_S, run)
+    return Task("backup", EVERY_S, run, by_all=True)
 
 
 def _newest(folder: BackupFolder, installation: uuid.UUID) -> Manifest | None:

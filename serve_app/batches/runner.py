@@ -33,6 +33,7 @@ from serve_app.completions.gateway import Gateway
 from serve_app.completions.kinds import Kind
 from serve_app.completions.parts import OnBehalf
 from serve_app.errors import Unavailable
+from serve_app.lazy_pool import LazyPool
 from serve_app.log_setup import log_failure
 
 logger = logging.getLogger(__name__)
@@ -54,16 +55,26 @@ class Pulse:
 
 
 class BatchRunner:
-    """Runs the lines of batches through `gateway`."""
+    """Runs the lines of batches through `gateway`.
+
+    Args:
+        pool: for what it reads and writes of batches. It is not the gateway's own, whose
+            connections are for the requests of users.
+    """
 
     def __init__(
-        self, gateway: Gateway, metrics: BatchMetrics | None = None, pulse: Pulse | None = None
+        self,
+        gateway: Gateway,
+        pool: LazyPool,
+        metrics: BatchMetrics | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         self._gateway = gateway
+        self._pool = pool
         self._metrics = metrics or NoBatchMetrics()
         self._pulse = pulse or Pulse()
-        self._work = BatchWork(gateway.parts.database, gateway.parts.vault)
-        self._house = House(gateway.parts.database, gateway.parts.vault)
+        self._work = BatchWork(pool, gateway.parts.vault)
+        self._house = House(pool, gateway.parts.vault)
         self._rotation = Rotation()
         self._held: dict[uuid.UUID, tuple[Line, asyncio.Task[None]]] = {}
         self._change = asyncio.Event()
@@ -78,7 +89,10 @@ class BatchRunner:
             ]
 
     async def close(self) -> None:
-        """Take no more lines, let those that run end for a while, and give up the rest."""
+        """Take no more lines, let those that run end for a while, and give up the rest.
+
+        Closes the pool, too.
+        """
         renewing, working = self._loops[:1], self._loops[1:]
         self._loops = []
         await _cancel(working)
@@ -86,6 +100,7 @@ class BatchRunner:
             _, late = await asyncio.wait(running, timeout=self._pulse.drain_s)
             await _cancel(late)
         await _cancel(renewing)
+        await self._pool.close()
 
     # The three loops.
 

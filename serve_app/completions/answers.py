@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,11 +13,11 @@ from serve_app.completions.sse import (
     StreamReader,
     Usage,
     error_frame,
+    pieces_of_stream,
     read_finish_reason,
     read_object,
     read_usage,
     text_of_answer,
-    text_of_stream,
 )
 
 _NO_TOKENS = Usage(0, 0)
@@ -119,9 +119,9 @@ class Answers:
         """Return the text of a whole answer, for the log."""
         return text_of_answer(read_object(whole))
 
-    def text_of_stream(self, data: bytes) -> str:
-        """Return the text of a stream, for the log."""
-        return text_of_stream(data)
+    def pieces(self, frames: bytes) -> Iterator[tuple[int, str]]:
+        """Yield the texts in whole frames of a stream, each with the number of its choice."""
+        return pieces_of_stream(frames)
 
     def error_frame(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
@@ -13,29 +14,35 @@ from serve_app.completions.body import Ask
 from serve_app.completions.engine_errors import engine_error
 from serve_app.completions.exchange import Exchange
 from serve_app.completions.parts import Spawn
+from serve_app.completions.transcript import Transcript
 from serve_app.completions.upstream import Upstream
-from serve_app.contracts import Lease
 from serve_app.errors import EngineFailed, RequestError
+from serve_app.queueing.line import HeldLease
 from serve_app.tracing.context import SpanContext
 
 
 class Attempt:
-    """Holds a lease, asks its replica, and gives the lease back when it is stopped."""
+    """Holds a lease, asks its replica, and gives the lease back when it is stopped.
+
+    What a stream says goes to `transcript`; None where no texts are kept.
+    """
 
     def __init__(
         self,
         ask: Ask,
-        lease: Lease,
+        lease: HeldLease,
         session: aiohttp.ClientSession,
         exchange: Exchange,
         spawn: Spawn,
         *,
-        keep_answer: bool,
+        transcript: Transcript | None,
     ) -> None:
         self.replica_id = lease.grant.replica_id
         # Whether anything of the answer was handed on.
         self.relayed = False
         self._lease = lease
+        # The engine has nothing left to say: another request may follow under the lease.
+        self._complete = False
         self._spawn = spawn
         self._stopping: asyncio.Task[None] | None = None
         self._ask = ask
@@ -45,9 +52,8 @@ class Attempt:
         self._reader = (
             self._answers.reader(wants_usage=ask.wants_usage, told=ask.told) if ask.stream else None
         )
-        self._keep_answer = keep_answer
+        self._transcript = transcript
         self._whole = b""
-        self._answer = bytearray()
 
     async def open(self, span: SpanContext | None) -> None:
         """Ask, and wait for the status of the answer. The replica's spans hang below `span`.
@@ -56,7 +62,13 @@ class Attempt:
             InvalidRequest: the engine refused the request; carries its words.
             EngineFailed: the replica cannot be reached or failed.
         """
-        await self._upstream.open(self._ask, self._exchange.id.hex, span)
+        with self._distrusting():
+            await self._upstream.open(self._ask, self._exchange.id.hex, span)
+
+    @property
+    def lease_was_gone(self) -> bool:
+        """Whether it failed because the lease, kept since an earlier request, led nowhere."""
+        return self._lease.rested and self._upstream.shut_out
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Yield what goes to the client, whole frames only, without what closes the stream.
@@ -66,14 +78,16 @@ class Attempt:
             EngineFailed: the stream broke off.
         """
         assert self._reader is not None
-        async for chunk in self._upstream.chunks():
-            if data := self._read(self._reader, chunk):
-                self.relayed = True
-                yield data
-            if (error := self._reader.error) is not None:
-                raise engine_error(error.status, error.message)
-        if not self._reader.done:
-            raise EngineFailed
+        with self._distrusting():
+            async for chunk in self._upstream.chunks():
+                if data := self._read(self._reader, chunk):
+                    self.relayed = True
+                    yield data
+                if (error := self._reader.error) is not None:
+                    raise engine_error(error.status, error.message)
+            if not self._reader.done:
+                raise EngineFailed
+        self._complete = True
 
     @property
     def closing(self) -> bytes:
@@ -82,9 +96,20 @@ class Attempt:
 
     async def whole(self) -> bytes:
         """Return the answer to a request that is not streamed. Raises EngineFailed."""
-        self._whole = await self._upstream.whole()
+        with self._distrusting():
+            self._whole = await self._upstream.whole()
+        self._complete = True
         self._exchange.token_arrived()
         return self._answers.told(self._whole, self._ask.told)
+
+    @contextmanager
+    def _distrusting(self) -> Iterator[None]:
+        """Close what is kept of this replica where it fails."""
+        try:
+            yield
+        except EngineFailed:
+            self._lease.distrust()
+            raise
 
     def error_frame(self, body: dict[str, Any]) -> bytes:
         """Return an OpenAI error object as the last frame of this stream."""
@@ -94,8 +119,8 @@ class Attempt:
         data = reader.feed(chunk)
         if data:
             self._exchange.token_arrived()
-            if self._keep_answer:
-                self._answer += data
+            if self._transcript is not None:
+                self._transcript.add(data)
         return data
 
     async def stop(self) -> None:
@@ -112,8 +137,10 @@ class Attempt:
             if self._upstream.answering:
                 await self._cut_short()
             self._upstream.close()
-        finally:
+        except BaseException:
             self._lease.close()
+            raise
+        self._lease.give_back() if self._complete else self._lease.close()
 
     async def _cut_short(self) -> None:
         rest = asyncio.create_task(self._read_rest(), name="read-rest")
@@ -147,8 +174,8 @@ class Attempt:
             exchange.usage = self._reader.usage
             exchange.finish_reason = self._reader.finish_reason
             exchange.frames = self._reader.frames
-            exchange.answer = self._answer
+            exchange.transcript = self._transcript
         elif self._whole:
             read = self._answers.read(self._whole)
             exchange.usage, exchange.finish_reason = read.usage, read.finish_reason
-            exchange.answer = bytearray(self._whole)
+            exchange.answer = self._whole

@@ -165,7 +165,8 @@ def _repeated_bytes(kind: Kind, sent: dict[str, Any]) -> int:
 def dump_body(sent: dict[str, Any]) -> bytes:
     """Return a body as bytes. Raises MalformedBody where it is nested too deeply."""
     try:
-        return orjson.dumps(sent)
+        # A copy, as long as it is: orjson's own keeps a buffer of 4 KiB for as long as the answer.
+        return bytes(memoryview(orjson.dumps(sent)))
     except orjson.JSONEncodeError:
         # It came out of JSON, so what cannot go back is deeper than orjson writes.
         raise MalformedBody("The request body is nested too deeply.") from None

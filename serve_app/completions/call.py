@@ -33,8 +33,9 @@ from serve_app.completions.parts import Document, Download, Handler, OnBehalf, P
 from serve_app.completions.reply import Reply
 from serve_app.completions.request_body import read_json_body
 from serve_app.completions.sse import KEEP_ALIVE, comment
+from serve_app.completions.transcript import Transcript
 from serve_app.config import Bodies, GatewayConfig, Standing, WhenLogFull
-from serve_app.contracts import Lease, LeaseHint, Reservation, Spent
+from serve_app.contracts import LeaseHint, Reservation, Spent
 from serve_app.errors import (
     AuthenticationFailed,
     ClientGone,
@@ -52,6 +53,7 @@ from serve_app.identity.principal import Permission, Principal
 from serve_app.identity.sign_ins import SignIns
 from serve_app.limits.headers import ratelimit_headers
 from serve_app.limits.scopes import scopes_of
+from serve_app.queueing.line import HeldLease
 from serve_app.queueing.ticket import Ticket
 from serve_app.request_id import fit_request_id
 from serve_app.stored.keeping import Keeping
@@ -94,6 +96,7 @@ class Call:
         self._reply = Reply(send, config.client_write_timeout_s)
         self._keeping_alive: asyncio.Task[None] | None = None
         self._attempts: list[Attempt] = []
+        self._asked_elsewhere = False
         self._answer = Document(b"")
         self._body_read = asyncio.Event()
         tracing, traceparent = parts.tracing, request.headers.get(TRACEPARENT)
@@ -122,12 +125,7 @@ class Call:
             # Before the reservation: what is continued counts as part of the prompt.
             ask = await self._recall(ask)
             await self._reserve(principal, ask)
-            attempt = await self._lease(principal, ask)
-            try:
-                await self._relay(attempt, ask)
-            except (EngineFailed, ModelOverloaded) as failure:
-                again = await self._lease_elsewhere(principal, ask, attempt, failure)
-                await self._relay(again, ask)
+            await self._until_answered(principal, ask)
 
     async def document(self, handler: Handler, permission: Permission | None) -> None:
         """Answer a signed-in caller where no model is needed."""
@@ -275,22 +273,43 @@ class Call:
     async def _recall(self, ask: Ask) -> Ask:
         return ask if self._keeping is None else await self._keeping.recall(ask)
 
-    async def _lease(self, principal: Principal, ask: Ask, avoid: str | None = None) -> Attempt:
+    async def _until_answered(self, principal: Principal, ask: Ask) -> None:
+        """Relay the answer of a replica, of a second one where the first fails before it."""
+        attempt = await self._lease(principal, ask)
+        while True:
+            try:
+                return await self._relay(attempt, ask)
+            except (EngineFailed, ModelOverloaded) as failure:
+                attempt = await self._lease_again(principal, ask, attempt, failure)
+
+    async def _lease(
+        self, principal: Principal, ask: Ask, *, avoid: str | None = None, fresh: bool = False
+    ) -> Attempt:
         exchange = self.exchange
-        ticket = self._ticket(principal, ask, avoid)
+        ticket = self._ticket(principal, ask, avoid, fresh=fresh)
         if exchange.ticket is None:
             exchange.ticket = ticket
         with exchange.timings.lap(Stage.LEASE):
-            exchange.lease = await self._open(ticket)
-            exchange.grants.append(exchange.lease.grant)
-        keep = exchange.bodies is not None and exchange.bodies.keeps_texts
+            exchange.lease = lease = await self._open(ticket)
+            exchange.grants.append(lease.grant)
         attempt = Attempt(
-            ask, exchange.lease, self._parts.session, exchange, self._spawn, keep_answer=keep
+            ask,
+            lease,
+            self._parts.session,
+            exchange,
+            self._spawn,
+            transcript=self._transcript(ask),
         )
         self._attempts.append(attempt)
         return attempt
 
-    def _ticket(self, principal: Principal, ask: Ask, avoid: str | None) -> Ticket:
+    def _transcript(self, ask: Ask) -> Transcript | None:
+        bodies = self.exchange.bodies
+        if bodies is None or not bodies.keeps_texts:
+            return None
+        return Transcript(ask.kind.answers.pieces, keep_frames=self._keyed.claimed)
+
+    def _ticket(self, principal: Principal, ask: Ask, avoid: str | None, *, fresh: bool) -> Ticket:
         hint = LeaseHint(
             request_id=self.exchange.id.hex,
             principal_id=principal.id,
@@ -302,12 +321,27 @@ class Call:
             hint=hint,
             queue=self._config.queue,
             timeout_s=self._config.queue_timeout_s,
+            fresh=fresh,
         )
 
-    async def _open(self, ticket: Ticket) -> Lease:
+    async def _open(self, ticket: Ticket) -> HeldLease:
         if ticket.hint.avoid is None:
             return await self._parts.models.open(ticket)
         return await open_elsewhere(self._parts.models, ticket)
+
+    async def _lease_again(
+        self,
+        principal: Principal,
+        ask: Ask,
+        failed: Attempt,
+        failure: EngineFailed | ModelOverloaded,
+    ) -> Attempt:
+        if not failed.lease_was_gone:
+            return await self._lease_elsewhere(principal, ask, failed, failure)
+        # No replica has seen the request: this was no attempt, and the next is a first one.
+        await failed.stop()
+        logger.info("a lease that was kept at replica %s was gone", failed.replica_id)
+        return await self._lease(principal, ask, fresh=True)
 
     async def _lease_elsewhere(
         self,
@@ -320,8 +354,9 @@ class Call:
 
         Raises `failure` where its answer has begun, or where there is no other replica.
         """
-        if failed.relayed:
+        if failed.relayed or self._asked_elsewhere:
             raise failure
+        self._asked_elsewhere = True
         if not self._reply.opened:
             # Until the next replica has taken the request, it may still be refused.
             self._stop_comments()
@@ -329,7 +364,7 @@ class Call:
         logger.warning("replica %s failed before its answer, asking another", failed.replica_id)
         self._parts.metrics.request_retried(ask.model.name)
         try:
-            return await self._lease(principal, ask, avoid=failed.replica_id)
+            return await self._lease(principal, ask, avoid=failed.replica_id, fresh=True)
         except EngineFailed:
             raise failure from None
 
@@ -401,6 +436,7 @@ class Call:
         self._finishing.note_end(serving)
         if isinstance(self.exchange.error, ClientGone):
             self._stop_comments()
+            self._reply.close()
         await self._finishing.run(self._attempts)
         with self._finishing.tried("keep"):
             await self._keep()
@@ -416,6 +452,8 @@ class Call:
     def _stop_comments(self) -> None:
         if self._keeping_alive is not None:
             self._keeping_alive.cancel()
+            # Its traceback refers to us: kept, all of a request would wait for the collector.
+            self._keeping_alive = None
 
     async def end(self) -> None:
         """Send what is left to send: the last byte, or the error."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from serve_app.contracts import Lease
 from serve_app.errors import EngineFailed
+from serve_app.queueing.line import HeldLease
 from serve_app.queueing.pool import QueuedPool
 from serve_app.queueing.ticket import Ticket
 
@@ -15,7 +15,7 @@ _PAUSES_S = (0.05, 0.1, 0.2, 0.4)
 _TRY_TIMEOUT_S = 2.0
 
 
-async def open_elsewhere(pool: QueuedPool, ticket: Ticket) -> Lease:
+async def open_elsewhere(pool: QueuedPool, ticket: Ticket) -> HeldLease:
     """Return a lease at another replica than the one to avoid; if cancelled, nothing stays held.
 
     The pool places a lease as it likes. One at the unwanted replica is kept until the next is
@@ -25,7 +25,7 @@ async def open_elsewhere(pool: QueuedPool, ticket: Ticket) -> Lease:
         EngineFailed: there was no other replica.
         ModelOverloaded, ModelNotReady: see `QueuedPool.open`.
     """
-    unwanted: list[Lease] = []
+    unwanted: list[HeldLease] = []
     try:
         for pause_s in _PAUSES_S:
             timeout_s = _TRY_TIMEOUT_S if unwanted else None

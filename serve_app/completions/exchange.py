@@ -9,6 +9,7 @@ from datetime import datetime
 
 from serve_app.completions.answers import Answers
 from serve_app.completions.sse import Usage
+from serve_app.completions.transcript import Transcript
 from serve_app.config import Bodies, ModelEntry
 from serve_app.contracts import Allowance, Lease, LeaseGrant, Reservation, Spent
 from serve_app.errors import (
@@ -64,7 +65,9 @@ class Exchange:
     first_token_s: float | None = None
     last_token_s: float | None = None
     frames: int = 0
-    answer: bytearray = field(default_factory=bytearray)
+    # What the engine said, whole or as a stream.
+    answer: bytes = b""
+    transcript: Transcript | None = None
     # Tokens of an attempt before this one, which failed.
     lost: Usage = field(default_factory=lambda: Usage(0, 0))
 
@@ -104,7 +107,7 @@ class Exchange:
         """Make room for the account of another attempt; what this one cost is kept."""
         self.lost = self._usage()
         self.usage, self.finish_reason, self.frames = None, None, 0
-        self.answer = bytearray()
+        self.answer, self.transcript = b"", None
 
     def _usage(self) -> Usage:
         counted = self.answers.counted(self.usage, self.frames)
@@ -196,10 +199,11 @@ class Exchange:
         return self.request_body.decode("utf-8", "replace")
 
     def _answer_text(self) -> str | None:
-        if not self._keeps_texts or not self.answer:
+        if not self._keeps_texts:
             return None
-        data = bytes(self.answer)
-        return self.answers.text_of_stream(data) if self.stream else self.answers.text(data)
+        if self.stream:
+            return None if self.transcript is None else self.transcript.text
+        return self.answers.text(self.answer) if self.answer else None
 
 
 def _ms(seconds: float | None) -> float | None:

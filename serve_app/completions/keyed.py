@@ -54,6 +54,11 @@ class Keyed:
         self.replay = await self._claim.take()
         return self.replay is not None
 
+    @property
+    def claimed(self) -> bool:
+        """Whether the answer is to be kept for who asks again."""
+        return self._claim is not None
+
     async def end(self, answer: Document) -> None:
         """Keep a whole answer for who asks again; after anything else the key is free again."""
         if self._claim is None or self.replay is not None:
@@ -67,5 +72,6 @@ class Keyed:
         if not self._exchange.stream:
             return StoredAnswer(status=200, media_type=answer.media_type, body=answer.body)
         # Without the comments that kept it alive: they said that it was not there yet.
-        stream = bytes(self._exchange.answer) + answer.body
-        return StoredAnswer(status=200, media_type=STREAM_TYPE, body=stream)
+        transcript = self._exchange.transcript
+        frames = b"" if transcript is None else transcript.frames
+        return StoredAnswer(status=200, media_type=STREAM_TYPE, body=frames + answer.body)

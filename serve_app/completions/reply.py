@@ -10,6 +10,7 @@ import orjson
 from starlette.types import Message, Send
 
 from serve_app.completions.flow import Flow
+from serve_app.completions.patience import Patience
 from serve_app.errors import RequestError, SlowClient, to_openai
 from serve_app.stored.idempotency import REPLAYED, StoredAnswer
 
@@ -34,6 +35,7 @@ class Reply:
     def __init__(self, send: Send, write_timeout_s: float) -> None:
         self._send = send
         self._write_timeout_s = write_timeout_s
+        self._patience = Patience(write_timeout_s)
         self._flow = Flow(_MOST_HELD_BYTES)
         # The answer and the comments that keep it alive come from two tasks.
         self._writing = asyncio.Lock()
@@ -94,6 +96,10 @@ class Reply:
             extra["www-authenticate"] = "Bearer"
         await self._complete(error.status, orjson.dumps(to_openai(error)), extra)
 
+    def close(self) -> None:
+        """Keep nothing for a client that is gone."""
+        self._patience.close()
+
     async def _complete(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         self.opened = True
         size = {"content-length": str(len(body))}
@@ -102,11 +108,14 @@ class Reply:
 
     async def _send_now(self, message: Message) -> None:
         try:
-            async with asyncio.timeout(self._write_timeout_s), self._writing:
-                await self._send(message)
+            async with self._writing:
+                with self._patience:
+                    await self._send(message)
         except TimeoutError:
             raise SlowClient from None
         self._written_s = asyncio.get_running_loop().time()
+        if not message.get("more_body", True):
+            self._patience.close()
 
 
 def _start(status: int, headers: Mapping[str, str]) -> Message:

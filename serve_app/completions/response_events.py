@@ -104,9 +104,9 @@ class ResponseAnswers(Answers):
         items = output if isinstance(output, list) else []
         return "\n\n".join(filter(None, map(_text_of_item, items)))
 
-    def text_of_stream(self, data: bytes) -> str:
-        """Return the text of a stream, for the log."""
-        return "".join(_texts_of_events(data))
+    def pieces(self, frames: bytes) -> Iterator[tuple[int, str]]:
+        """See `Answers.pieces`; a response is one choice."""
+        return ((0, text) for text in _texts_of_events(frames))
 
     def error_frame(self, body: dict[str, Any], reader: Reader | None = None) -> bytes:
         """Return an OpenAI error object as the event that ends a stream."""

@@ -7,6 +7,7 @@ there the quotation mark would be escaped.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,13 +126,11 @@ def comment(text: str) -> bytes:
     return f": {text}\n\n".encode()
 
 
-def text_of_stream(data: bytes) -> str:
-    """Return the text that the frames in `data` carry, choice by choice."""
-    texts: dict[int, list[str]] = {}
-    for frame in _split(data):
+def pieces_of_stream(frames: bytes) -> Iterator[tuple[int, str]]:
+    """Yield the texts that whole `frames` carry, each with the number of its choice."""
+    for frame in _split(frames):
         for choice in _choices(read_object(frame[len(_PREFIX) :])):
-            texts.setdefault(choice.get("index", 0), []).append(_text_of_choice(choice))
-    return "\n\n".join("".join(parts) for _, parts in sorted(texts.items()))
+            yield choice.get("index", 0), _text_of_choice(choice)
 
 
 def text_of_answer(body: dict[str, Any]) -> str:

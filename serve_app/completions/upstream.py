@@ -22,6 +22,8 @@ STATEMENT_TIMEOUT_S = 0.75
 # may take a while; what is not told is missing in the accounts.
 _AGREED_TIMEOUT_S = 3.0
 _ABORT_EVERY_S = 0.2
+# Answers of the lease door to a request that it does not let in.
+_AT_THE_DOOR = frozenset({403, 409})
 
 
 def new_session() -> aiohttp.ClientSession:
@@ -40,7 +42,10 @@ class Upstream:
     def __init__(self, session: aiohttp.ClientSession, grant: LeaseGrant) -> None:
         self._session = session
         self._grant = grant
+        self._request_id = ""
         self._posting: asyncio.Task[aiohttp.ClientResponse] | None = None
+        # Nobody listens there, or the door knows no such lease: no engine has seen the request.
+        self.shut_out = False
 
     async def open(self, ask: Ask, request_id: str, span: SpanContext | None) -> None:
         """Send the request and wait for the answer's status.
@@ -53,6 +58,7 @@ class Upstream:
             ModelOverloaded: the engine takes no more.
             EngineFailed: the replica cannot be reached or failed.
         """
+        self._request_id = request_id
         headers = {
             "content-type": "application/json",
             LEASE_HEADER: self._grant.token,
@@ -66,8 +72,10 @@ class Upstream:
             # goes away meanwhile, the answer must still come in to tell its usage.
             response = await asyncio.shield(self._posting)
             if response.status != 200:
+                self.shut_out = response.status in _AT_THE_DOOR
                 raise refusal_of(response.status, await response.read())
         except aiohttp.ClientError as error:
+            self.shut_out = isinstance(error, aiohttp.ClientConnectorError)
             raise EngineFailed from error
 
     async def _post(self, ask: Ask, headers: dict[str, str]) -> aiohttp.ClientResponse:
@@ -108,7 +116,10 @@ class Upstream:
         try:
             async with self._session.post(
                 f"http://{self._grant.address}{ABORT_PATH}",
-                headers={LEASE_HEADER: self._grant.token},
+                headers={
+                    LEASE_HEADER: self._grant.token,
+                    REQUEST_ID_HEADER: self._request_id,
+                },
                 timeout=aiohttp.ClientTimeout(total=timeout_s),
             ) as response:
                 return response.status == 202

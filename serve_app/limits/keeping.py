@@ -7,10 +7,12 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
+from serve_app.background import check_goes_on
 from serve_app.contracts import Allowance, LimitState, Reservation, Scope, Settlement
-from serve_app.errors import CompAIError, LimitsUnavailable
+from serve_app.errors import CompAIError, HandedOver, LimitsUnavailable
 from serve_app.limits.book import Change, Granted, LimitBook, PeriodTotal
 from serve_app.limits.journal import Journal
 from serve_app.limits.periods import utc
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _KEEP_EVERY_S = 5.0
 _FORGET_EVERY_S = 24 * 3600.0
+# A successor waits for so long after its start, while all go on being served here.
+_LOOK_FOR_SUCCESSOR_EVERY_S = 0.5
 # After so long another node may have counted what this journal does not know.
 _VOUCHED_FOR_S = 60.0
 # Rows of one statement, so that it ends in the time that the pool gives it.
@@ -53,6 +57,9 @@ class LimitKeeping:
 
     A journal that was not in use for a minute may have missed what was counted on another node.
     It grants nothing of a budget until PostgreSQL has told what that was.
+
+    One that starts on the same machine waits for the journal of the one before, which serves until
+    then, sees that it is waited for, and hands over.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class LimitKeeping:
         self._waiting: list[asyncio.Future[None]] = []
         self._writing: asyncio.Task[None] | None = None
         self._keeping: asyncio.Task[None] | None = None
+        self._handed_over = False
 
     async def start(self) -> None:
         """Read the journal, and PostgreSQL if it is there; begin to keep both up to date.
@@ -104,21 +112,38 @@ class LimitKeeping:
 
     async def close(self) -> None:
         """Keep what has changed, and close."""
-        if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.wait([self._keeping])
+        if self._keeping is not None and not self._handed_over:
+            await self._stop_keeping(self._keeping)
             await self._keep()
         await self._store.close()
+        await self._journal.close()
+
+    async def until_wanted(self) -> None:
+        """Return once a successor waits. Raises OSError where that cannot be seen."""
+        while not self._journal.wanted:  # noqa: ASYNC110  another process, which has no other way
+            await asyncio.sleep(_LOOK_FOR_SUCCESSOR_EVERY_S)
+
+    async def hand_over(self) -> None:
+        """Answer what was asked, and let a successor go on.
+
+        It knows all that was answered here, and tells PostgreSQL. Whoever asks from now on is
+        told HandedOver. If this is cancelled, `close` does the rest.
+        """
+        self._handed_over = True
+        if self._keeping is not None:
+            await self._stop_keeping(self._keeping)
+        with suppress(LimitsUnavailable):  # whoever waits is told the same
+            await self._written()
         await self._journal.close()
 
     def check(self) -> None:
         """Raise LimitsBroken where the journal or the task that keeps it is dead."""
         if self._keeping is None:
             raise LimitsBroken("The limits were not started.")
-        if self._keeping.done():
-            cause = None if self._keeping.cancelled() else self._keeping.exception()
-            name = type(cause).__name__ if cause else "cancelled"
-            raise LimitsBroken(f"The limits are kept no more: {name}.") from cause
+        if self._handed_over:
+            # Serve stops us as soon as our successor runs. If it died instead, another must start.
+            raise LimitsBroken("The limits were handed over.")
+        check_goes_on(self._keeping, "The limits are kept no more", LimitsBroken)
         if not self._journal.alive:
             raise LimitsBroken("The journal of the limits ended.")
 
@@ -128,7 +153,9 @@ class LimitKeeping:
         Raises:
             LimitsUnavailable: the journal cannot be written; or there is a budget, and what was
                 used of it before is not known yet.
+            HandedOver: a successor keeps the limits.
         """
+        self._check_kept_here()
         if not self._complete and any(scope.has_budget for scope in reservation.scopes):
             raise LimitsUnavailable(retry_after_s=_KEEP_EVERY_S)
         allowance = self._book.reserve(reservation)
@@ -140,23 +167,38 @@ class LimitKeeping:
         return allowance
 
     async def settle(self, settlement: Settlement) -> None:
-        """See `LimitBook.settle`. Raises LimitsUnavailable: tell it again."""
+        """See `LimitBook.settle`. Raises LimitsUnavailable, or HandedOver: tell it again."""
+        self._check_kept_here()
         self._book.settle(settlement)
         await self._written()
 
     async def renew(self, held: Sequence[uuid.UUID]) -> list[uuid.UUID]:
-        """See `LimitBook.renew`."""
+        """See `LimitBook.renew`. Raises HandedOver."""
+        self._check_kept_here()
         return self._book.renew(held)
 
     async def adopt(self, held: Sequence[Settlement]) -> None:
-        """See `LimitBook.adopt`; what each of `held` has spent is what it may use at most."""
+        """See `LimitBook.adopt`; what each of `held` has spent is what it may use at most.
+
+        Raises LimitsUnavailable, or HandedOver: tell it again.
+        """
+        self._check_kept_here()
         for one in held:
             self._book.adopt(one.id, one.accounts, one.spent)
         await self._written()
 
     async def standing(self, scopes: Sequence[Scope]) -> list[LimitState]:
-        """See `LimitBook.standing`."""
+        """See `LimitBook.standing`. Raises HandedOver."""
+        self._check_kept_here()
         return self._book.standing(scopes)
+
+    def _check_kept_here(self) -> None:
+        if self._handed_over:
+            raise HandedOver
+
+    async def _stop_keeping(self, keeping: asyncio.Task[None]) -> None:
+        keeping.cancel()
+        await asyncio.wait([keeping])
 
     async def _written(self) -> None:
         """Return once every change of the book until now is in the journal.

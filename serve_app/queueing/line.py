@@ -2,6 +2,9 @@
 
 A call asks for a slot for nobody in particular: whoever is first when a slot is granted gets
 it. So the order is the queue's, however long Ray takes, and who leaves takes nothing along.
+
+A lease whose request ended in good order goes to who is first then, or is kept for a moment for
+who comes next (`kept`). While somebody waits who may have it, none is idle.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from serve_app.config import ModelEntry, WhenCold
 from serve_app.contracts import Lease, LeaseGrant, ModelPool, ModelState
 from serve_app.errors import ModelNotReady, ModelOverloaded
 from serve_app.queueing.fair_queue import Entry, FairQueue, QueueFull
+from serve_app.queueing.kept import Clock, KeptLeases, Later, OpenLease
 from serve_app.queueing.service_rate import ServiceRate, retry_after_s
 from serve_app.queueing.ticket import Ticket
 
@@ -25,46 +29,64 @@ _LOOK_EVERY_S = 1.0
 # While a start takes longer than the last one did, this part of it is what we say is left.
 _OVERDUE_PART = 0.1
 
-Clock = Callable[[], float]
-
 
 @dataclass(eq=False, slots=True)
 class _Waiter:
     ticket: Ticket
-    granted: asyncio.Future[Lease] = field(default_factory=asyncio.Future)
+    granted: asyncio.Future[HeldLease] = field(default_factory=asyncio.Future)
 
 
-class _CountedLease:
-    """A lease that tells its line when it is closed."""
+class HeldLease:
+    """A lease in the hands of one request, which ends it: what it does later changes nothing."""
 
-    def __init__(self, lease: Lease, closed: Callable[[], None]) -> None:
-        self._lease = lease
-        self._closed: Callable[[], None] | None = closed
+    def __init__(self, line: Line, opened: OpenLease, began_s: float) -> None:
+        self._line = line
+        self._opened = opened
+        self._began_s = began_s
+        self._ended = False
+        # Whether it was idle before, so that its replica may be gone.
+        self.rested = opened.rested
 
     @property
     def grant(self) -> LeaseGrant:
         """Where and with what to ask."""
-        return self._lease.grant
+        return self._opened.lease.grant
 
     def close(self) -> None:
         """See `Lease.close`."""
-        self._lease.close()
-        if self._closed is not None:
-            self._closed()
-            self._closed = None
+        if not self._ended:
+            self._ended = True
+            self._opened.lease.close()
+            self._line.ended(self._began_s)
+
+    def give_back(self) -> None:
+        """Leave it to the next request. Only where nothing runs under it any more. Never waits."""
+        if not self._ended:
+            self._ended = True
+            self._line.ended(self._began_s)
+            self._line.keep(self._opened)
+
+    def distrust(self) -> None:
+        """Close what else is kept of its replica, which failed."""
+        self._line.distrust(self._opened.replica_id)
 
 
 class Line:
     """The queue of one application in this gateway."""
 
     def __init__(
-        self, pool: ModelPool, context: contextvars.Context, clock_s: Clock = time.monotonic
+        self,
+        pool: ModelPool,
+        context: contextvars.Context,
+        clock_s: Clock = time.monotonic,
+        later: Later | None = None,
     ) -> None:
         self._pool = pool
         self._context = context
         self._clock_s = clock_s
         self._queue: FairQueue[_Waiter] = FairQueue()
         self._rate = ServiceRate(clock_s)
+        self._kept = KeptLeases(clock_s, later or self._call_later)
         # Calls that wait for a slot, and when each began.
         self._calls: dict[asyncio.Task[Lease], float] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -82,7 +104,7 @@ class Line:
         """How many wait."""
         return len(self._queue)
 
-    async def wait(self, ticket: Ticket) -> Lease:
+    async def wait(self, ticket: Ticket) -> HeldLease:
         """See `QueuedPool.open`."""
         entry = self._enter(ticket)
         try:
@@ -95,10 +117,48 @@ class Line:
     def close(self) -> None:
         """Stop asking. Those who wait still run into their deadlines."""
         self._closed = True
+        self._kept.close()
         for call in list(self._calls):
             call.cancel()
         if self._watching is not None:
             self._watching.cancel()
+
+    # What becomes of a lease.
+
+    def ended(self, began_s: float) -> None:
+        """Note that a request that began to hold a lease at `began_s` holds it no more."""
+        self._rate.closed(began_s)
+
+    def keep(self, opened: OpenLease) -> None:
+        """Hand a lease that nobody holds to who is first, or keep it for who comes next."""
+        if self._closed:
+            opened.lease.close()
+            return
+        self._kept.keep(opened)
+        self._even_out()
+
+    def distrust(self, replica_id: str) -> None:
+        """Close what is kept of a replica that failed."""
+        self._kept.close_of(replica_id)
+
+    def _call_later(self, delay_s: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        loop = asyncio.get_running_loop()
+        return loop.call_later(delay_s, callback, context=self._context.copy())
+
+    def _even_out(self) -> None:
+        """Hand what is kept to those who are first, and drop the calls that nobody needs then."""
+        while (first := self._queue.first()) is not None and not first.item.ticket.fresh:
+            opened = self._kept.take()
+            if opened is None:
+                break
+            self._hand_to_first(opened)
+        self._drop_calls()
+
+    def _hand_to_first(self, opened: OpenLease) -> bool:
+        entry = self._queue.pop()
+        if entry is not None:
+            entry.item.granted.set_result(HeldLease(self, opened, self._rate.opened()))
+        return entry is not None
 
     # Those who wait.
 
@@ -114,11 +174,14 @@ class Line:
         if entry.displaced is not None:
             displaced = entry.displaced.item
             displaced.granted.set_exception(self._overloaded(displaced.ticket))
+        self._even_out()
         self._ask(ticket)
         return entry
 
     async def _until_granted(self, entry: Entry[_Waiter]) -> None:
         granted, ticket = entry.item.granted, entry.item.ticket
+        if granted.done():
+            return
         waited_s = ticket.timeout_s
         await asyncio.wait([granted], timeout=waited_s)
         if not granted.done() and self._starting_since_s is not None:
@@ -133,8 +196,8 @@ class Line:
         granted = entry.item.granted
         if not self._queue.remove(entry) and granted.exception() is None:
             # It was granted in the moment in which its request was cancelled.
-            granted.result().close()
-        self._drop_calls()
+            granted.result().give_back()
+        self._even_out()
 
     def _fail_all(self, error: Callable[[Ticket], Exception], only: WhenCold | None) -> None:
         for entry in list(self._queue):
@@ -142,7 +205,7 @@ class Line:
             if only is None or ticket.model.when_cold is only:
                 self._queue.remove(entry)
                 entry.item.granted.set_exception(error(ticket))
-        self._drop_calls()
+        self._even_out()
 
     # The calls at Ray.
 
@@ -174,19 +237,15 @@ class Line:
         elif error is not None and since_s is not None:
             self._pass_on(error)
         # A call that was dropped may have served somebody, for whom another was made.
-        self._drop_calls()
+        self._even_out()
         if (first := self._queue.first()) is not None:
             self._ask(first.item.ticket)
 
     def _hand_out(self, lease: Lease) -> None:
         self._note_grant()
-        entry = self._queue.pop()
-        if entry is None:
-            lease.close()
-            return
-        opened_at_s = self._rate.opened()
-        counted = _CountedLease(lease, lambda: self._rate.closed(opened_at_s))
-        entry.item.granted.set_result(counted)
+        opened = OpenLease(lease, self._granted_at_s)
+        if not self._hand_to_first(opened):
+            self.keep(opened)
 
     def _pass_on(self, error: BaseException) -> None:
         entry = self._queue.pop()

@@ -6,9 +6,9 @@ import asyncio
 import contextvars
 
 from serve_app.config import ModelEntry
-from serve_app.contracts import Lease, ModelPool, ModelState
+from serve_app.contracts import ModelPool, ModelState
 from serve_app.metrics import GatewayMetrics
-from serve_app.queueing.line import Line
+from serve_app.queueing.line import HeldLease, Line
 from serve_app.queueing.ticket import Ticket
 
 # Ray drops a gauge that is not set again.
@@ -35,14 +35,14 @@ class QueuedPool:
         self._reporting = asyncio.create_task(self._report(), name="report-queues")
 
     async def close(self) -> None:
-        """Stop reporting and asking for slots."""
+        """Stop reporting, asking for slots and keeping them."""
         for line in self._lines.values():
             line.close()
         if self._reporting is not None:
             self._reporting.cancel()
             await asyncio.wait([self._reporting])
 
-    async def open(self, ticket: Ticket) -> Lease:
+    async def open(self, ticket: Ticket) -> HeldLease:
         """Wait for a slot at a replica. If cancelled at any moment, nothing stays held.
 
         Raises:

@@ -14,12 +14,17 @@ POSITION_HEADER = "x-comp-ai-queue-position"
 
 @dataclass(slots=True, kw_only=True)
 class Ticket:
-    """One request in the queue. `ahead` is set when it comes there, refused or not."""
+    """One request in the queue. `ahead` is set when it comes there, refused or not.
+
+    One that has just met a lease or a replica that is gone is to get a `fresh` lease, which Ray
+    grants now.
+    """
 
     model: ModelEntry
     hint: LeaseHint
     queue: QueueConfig
     timeout_s: float
+    fresh: bool = False
     ahead: int | None = None
 
     def headers(self) -> dict[str, str]:

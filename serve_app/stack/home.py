@@ -3,6 +3,7 @@
 <home>/run/up.lock      held while `comp-ai up` runs; holds its process id
 <home>/run/deploy.lock  held while a deployment is under way
 <home>/run/ray-token    the token of the local Ray cluster
+<home>/run/haproxy/     HAProxy's, unless that path is too long for its sockets
 <home>/deployments/     what was deployed, see serve_app.deploy.history
 <home>/first-key        the API key that the first start made
 <home>/keys/master.key  the master keys, unless the settings name others
@@ -32,6 +33,8 @@ from serve_app.files import write_whole
 # Ray puts `/session_<date>_<time>_<micros>_<pid>/sockets/plasma_store` behind it, and a Unix
 # socket's path holds 107 bytes.
 _RAY_TEMP_MAX_BYTES = 40
+# Serve and HAProxy put `/<56 letters>/ctl` behind it, and HAProxy takes paths of 97 bytes.
+_HAPROXY_MAX_BYTES = 36
 
 
 class AlreadyRunning(CompAIError):
@@ -87,12 +90,20 @@ class Home:
     @property
     def ray_temp(self) -> Path:
         """Folder of Ray's sessions."""
-        beside = self.path / "ray"
-        if len(os.fsencode(beside)) <= _RAY_TEMP_MAX_BYTES:
-            return beside
+        return self._short(self.path / "ray", "", _RAY_TEMP_MAX_BYTES)
+
+    @property
+    def haproxy(self) -> Path:
+        """Folder of HAProxy's configuration and of its control socket."""
+        return self._short(self.run / "haproxy", "-h", _HAPROXY_MAX_BYTES)
+
+    def _short(self, wanted: Path, suffix: str, most_bytes: int) -> Path:
+        """Return `wanted`, or a folder for it elsewhere where its path is too long."""
+        if len(os.fsencode(wanted)) <= most_bytes:
+            return wanted
         digest = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]
-        short = Path(tempfile.gettempdir()) / f"comp-ai-{os.geteuid()}-{digest}"
-        if len(os.fsencode(short)) <= _RAY_TEMP_MAX_BYTES:
+        short = Path(tempfile.gettempdir()) / f"comp-ai-{os.geteuid()}-{digest}{suffix}"
+        if len(os.fsencode(short)) <= most_bytes:
             return short
         return Path("/tmp") / short.name  # noqa: S108  made private and checked in `prepare`
 
@@ -104,8 +115,8 @@ class Home:
         """
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            own = (self.logs, self.run, self.issuer, self.master_key.parent, self.ray_temp)
-            for folder in own:
+            own = (self.logs, self.run, self.issuer, self.master_key.parent)
+            for folder in (*own, self.ray_temp, self.haproxy):
                 _private_folder(folder)
         except OSError as error:
             raise ConfigError(

@@ -10,7 +10,6 @@ import grp
 import os
 import pwd
 import re
-import resource
 import shutil
 import subprocess
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from serve_app.errors import CompAIError, ConfigError
 from serve_app.stack.home import write_secret
+from serve_app.stack.open_files import most_open_files
 
 TEMPLATE = (
     Path(__file__).resolve().parents[2] / "k8s-free-compose" / "nginx" / "comp-ai.conf.template"
@@ -75,7 +75,6 @@ _UNSAFE = re.compile(r"[\s;{}'\"$\\#]")
 _ADDRESS = re.compile(r"[A-Za-z0-9._-]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}")
 _NUMBERS = re.compile(r"[0-9.]+:|\[")
 _BOTH = "a file beside COMP_AI_NGINX_TLS_CERTIFICATE, or `off` for both"
-_MOST_FILES = 65_536
 _DRAIN_S = 30
 _MAIN = """\
 daemon off;
@@ -284,14 +283,13 @@ def _ray_token_header(token: str) -> str:
 
 
 def _main(folder: Path, work: Path, drain_s: float) -> str:
-    # More than the hard limit cannot be had; a request body may need one beside its connections.
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    files = most_open_files()
     return _MAIN.format(
         folder=folder,
         work=work,
         user=_user(),
         files=files,
+        # A request body may need a file beside its connections.
         connections=files * 3 // 4,
         drain_s=round(drain_s),
     )

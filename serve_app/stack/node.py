@@ -148,6 +148,8 @@ def _needed_ports(settings: Settings) -> list[NeededPort]:
         NeededPort("COMP_AI_DASHBOARD_PORT", _ALL, service.dashboard_port),
         NeededPort("COMP_AI_METRICS_PORT", _ALL, service.metrics_port),
     ]
+    if service.haproxy:
+        needed.append(NeededPort("COMP_AI_FALLBACK_PORT", _ALL, service.fallback_port))
     if (ports := service.node_ports) is not None:
         single = range(ports.first, ports.replicas.start)
         needed += [NeededPort("COMP_AI_NODE_PORTS", _ALL, port) for port in single]

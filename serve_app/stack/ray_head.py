@@ -18,6 +18,7 @@ from pathlib import Path
 
 from serve_app.errors import CompAIError
 from serve_app.settings import ServiceSettings
+from serve_app.stack import haproxy
 from serve_app.stack.home import Home
 from serve_app.stack.ports import pick_free
 from serve_app.stack.processes import ProcessSpec
@@ -34,6 +35,23 @@ _STOP_S = 20.0
 # What every worker has and the head has not. What all requests need is placed by it: where the
 # head is away, nobody replaces it.
 WORKER_RESOURCE = "comp_ai_worker"
+# Where the operator sets them to something else, that holds.
+_UNLESS_SET = {
+    # Our code never blocks its event loop, so Serve's part of a replica may share that loop:
+    # six changes of thread less for a request, two for a token.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # At 0.1, its default, the controller looks for work ten times a second, and is the part of
+    # an idle installation that costs most. It sees a dead replica by checks every 2 s anyway.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    # Ray hands its metrics on every 10 s, so Serve need not sum its own up ten times a second.
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
+    # Ray's workers are the service here: at its default, 15, every other process of
+    # the machine goes before the engine and the gateway.
+    "RAY_worker_niceness": "0",
+    # Without a bound vLLM takes a large share of the memory for its cache.
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 # Another cluster of this machine must not be joined by accident.
 _DROPPED = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS")
 
@@ -72,6 +90,8 @@ class RayHead:
         """
         self.home.make_ray_token()
         _tidy_sessions(self.home)
+        if self.service.haproxy:
+            haproxy.prepare(self.home)
         if self._store_folder is not None:
             self._store_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return ProcessSpec(
@@ -145,6 +165,8 @@ class RayWorker:
             CompAIError: Ray is not installed.
         """
         _tidy_sessions(self.home)
+        if self.service.haproxy:
+            haproxy.prepare(self.home)
         drained = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": f"{drain_s:g}"}
         environment = node_environment(os.environ, self.home, self.service, self.project)
         return ProcessSpec(
@@ -231,7 +253,7 @@ def node_environment(
     """Return the environment of any node of the cluster: token, flags of Ray, folders."""
     env = {name: value for name, value in base.items() if name not in _DROPPED}
     path = [str(project), *filter(None, [env.get("PYTHONPATH")])]
-    return env | {
+    return {**_UNLESS_SET, **env} | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(home.ray_token),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -244,14 +266,9 @@ def node_environment(
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
         # What Serve answers by itself comes in OpenAI's form, too.
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy:middlewares",
-        # Ray's workers are the service here: at its default, 15, every other process of
-        # the machine goes before the engine and the gateway.
-        "RAY_worker_niceness": env.get("RAY_worker_niceness", "0"),
-        # Without a bound vLLM takes a large share of the memory for its cache.
-        "VLLM_CPU_KVCACHE_SPACE": env.get("VLLM_CPU_KVCACHE_SPACE", "1"),
         "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": env.get("HF_HUB_OFFLINE", "1"),
         "PYTHONPATH": os.pathsep.join(path),
+        **haproxy.environment(home, service),
         "COMP_AI_HOME": str(home.path),
         "COMP_AI_MODEL_PATH": str(service.models_path),
     }

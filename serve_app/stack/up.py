@@ -143,6 +143,8 @@ class Stack:
             NeededPort("COMP_AI_DASHBOARD_PORT", _LOCAL, service.dashboard_port),
             NeededPort("COMP_AI_METRICS_PORT", _LOCAL, service.metrics_port),
         ]
+        if service.haproxy:
+            needed.append(NeededPort("COMP_AI_FALLBACK_PORT", _LOCAL, service.fallback_port))
         if self._local_issuer:
             needed.append(NeededPort("COMP_AI_ISSUER_PORT", _LOCAL, service.issuer_port))
         return needed

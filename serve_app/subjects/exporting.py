@@ -72,6 +72,8 @@ async def export(connection: Connection, subject: str, keys: SubjectKeys) -> Asy
     lines = 1
     yield _line({"kind": "subject", "subject": subject, "exported_at": utc_now()})
     async with connection.transaction(isolation="repeatable_read", readonly=True):
+        # Who reads it may be slow, and a transaction that only reads is in nobody's way.
+        await connection.execute("set local idle_in_transaction_session_timeout = 0")
         for kind in _KINDS:
             async for rows in _batches(connection, kind, subject):
                 bodies = await _bodies(connection, rows, keys) if kind == "request" else {}

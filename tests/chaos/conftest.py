@@ -73,8 +73,7 @@ def stack(
     policy["limits"] = {**policy["limits"], **LIMITS}
     issuers = tmp_path_factory.mktemp("issuers") / "issuers.yaml"
     _write_issuers(issuers, door)
-    settings = {**door.settings, "COMP_AI_OIDC_ISSUERS": str(issuers)}
-    with running_stack(config, **settings) as running:
+    with running_stack(config, **door.settings, COMP_AI_OIDC_ISSUERS=str(issuers)) as running:
         yield running
 
 

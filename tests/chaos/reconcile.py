@@ -95,7 +95,7 @@ def forget_counts(journals: Path) -> None:
 def reconcile(stack: Kept, storm: Storm, journals: Path) -> Account:
     """Wait until the log has settled, and compare."""
     seen = storm.seen
-    wait_until(lambda: _spooled(stack.spools) == 0, "the spools are empty", _SETTLED_S)
+    wait_until(lambda: spooled(stack.spools) == 0, "the spools are empty", _SETTLED_S)
     _wait_for_late_rows(stack, seen.asked)
     rows = stack.rows(_ROWS, seen.asked)
     return compare(storm, [dict(row) for row in rows], read_journals(journals), _given_up(stack))
@@ -185,7 +185,7 @@ def _given_up(stack: Kept) -> set[str]:
     return {found.replace("-", "") for found in _GIVEN_UP.findall(stack.said())}
 
 
-def _spooled(folders: Sequence[Path]) -> int:
+def spooled(folders: Sequence[Path]) -> int:
     """Return how many records lie in these spools, those set aside included."""
     return sum(_rows_of(file) for folder in folders for file in folder.rglob("spool.sqlite3"))
 
@@ -212,6 +212,6 @@ def _wait_for_late_rows(stack: Kept, ids: list[str]) -> None:
             counts.append(len(stack.rows(_ROWS, ids)))
         except (OSError, asyncpg.PostgresError):
             return False
-        return len(counts) > 20 and len(set(counts[-20:])) == 1 and _spooled(stack.spools) == 0
+        return len(counts) > 20 and len(set(counts[-20:])) == 1 and spooled(stack.spools) == 0
 
     wait_until(no_more, "no more rows come", _SETTLED_S)

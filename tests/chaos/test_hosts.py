@@ -1,9 +1,9 @@
 """Several hosts under load: one is added, one is lost, and the head is killed and comes back.
 
-    TEST_HOSTS=1 pytest -s tests/chaos/test_hosts.py      as root, on four idle cores
+    TEST_HOSTS=1 pytest -s tests/chaos/test_hosts.py      as root, on a machine without other work
 
-Ray gives a node up that is not there after 15 s, which cannot be set: two cores with a load on
-them are too slow for that.
+Ray gives a node up that is not there after 15 s, which cannot be set: two busy cores may be too
+slow for that. On two cores with some other work it passed in 6 minutes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.chaos.storm import Storm
 from tests.serve_configs import FAKE_MODEL
 
 # All but the last are the table of docs/deployment.md.
-_STATED_PORTS = {3002, 6379, 8265, 8090, *PORTS, *range(32768, 61000)}
+_STATED_PORTS = {3002, 3004, 6379, 8265, 8090, *PORTS, *range(32768, 61000)}
 _MODEL = f"Model:{FAKE_MODEL}"
 # Three hosts share the cores of one machine: a load that fills them keeps Ray from starting.
 _WISHES = Wishes(clients=12, tokens=(10, 40), pause_s=0.3)
@@ -40,7 +40,7 @@ _STREAMS = 2
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[HostCluster]:
     if not os.environ.get("TEST_HOSTS"):
-        pytest.skip("several hosts want four idle cores: set TEST_HOSTS=1")
+        pytest.skip("several hosts want a machine without other work: set TEST_HOSTS=1")
     if (reason := why_not()) is not None:
         pytest.skip(reason)
     with running_cluster("a") as running:
@@ -85,7 +85,7 @@ def test_a_host_is_lost_under_load(cluster: HostCluster) -> None:
     # A client has one request under way: it fails once at the most.
     assert len(seen.failed) <= _WISHES.clients
     _make_whole(cluster)
-    assert _wrong(cluster, seen, []) == []
+    assert _wrong(cluster, seen, [], lost_s) == []
 
 
 @pytest.mark.timeout(600)
@@ -128,7 +128,7 @@ def test_the_head_is_killed_and_comes_back(cluster: HostCluster) -> None:
     # Those of the other hosts are the same as before: the head took them over.
     after = cluster.replicas(_MODEL)
     assert before.keys() - on_head <= after.keys()
-    assert _wrong(cluster, seen, list(long)) == []
+    assert _wrong(cluster, seen, list(long), killed_s) == []
 
 
 @pytest.mark.timeout(400)
@@ -150,10 +150,14 @@ def test_a_host_is_taken_away_under_load(cluster: HostCluster) -> None:
     assert account.wrong == []
 
 
-def _wrong(cluster: HostCluster, seen: Seen, besides: list[str]) -> list[str]:
-    """Compare what clients saw with the rows, with the requests `besides` among them."""
+def _wrong(cluster: HostCluster, seen: Seen, besides: list[str], killed_s: float) -> list[str]:
+    """Compare what clients saw with the rows, with the requests `besides` among them.
+
+    A gateway died with its host at `killed_s`, by the monotonic clock.
+    """
     seen.left.update(besides)
-    account = reconcile(cluster, Storm(kills=Counter(gateway=1), seen=seen), cluster.journals)
+    storm = Storm(kills=Counter(gateway=1), gateway_kills_s=[killed_s], seen=seen)
+    account = reconcile(cluster, storm, cluster.journals)
     print(account)
     return account.wrong
 

@@ -1,4 +1,4 @@
-"""A model's application that is deployed again in another shape, under a running gateway."""
+"""Applications that are deployed again in another shape, under gateways that serve."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from functools import partial
 from typing import Any
 
 import httpx
+import psutil
+import pytest
 
 from tests.chaos.conftest import PAIR
+from tests.chaos.rollout import GATEWAY_APP, pids, replaced
+from tests.serve_configs import FAKE_MODEL
 from tests.stack_runner import RunningStack, wait_until
 
 
-def _asked(stack: RunningStack) -> int:
-    body = {"model": PAIR, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+def _asked(stack: RunningStack, model: str = PAIR) -> int:
+    body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
     url = f"{stack.url}/v1/chat/completions"
     return httpx.post(url, headers=stack.bootstrap, json=body, timeout=60).status_code
 
@@ -34,10 +38,52 @@ def _only(stack: RunningStack, name: str) -> bool:
 def test_model_is_found_again_under_another_deployment_name(stack: RunningStack) -> None:
     wait_until(stack.ready, "ready", 60)
     assert _asked(stack) == 200
-    gateways = {replica.pid for replica in stack.replicas("Gateway")}
+    gateways = pids(stack, "Gateway")
     config = stack.config()
     for name in ("pair-again", PAIR):
         stack.deploy(_renamed(config, name))
         wait_until(partial(_only, stack, name), "the replicas run under their new name", 90)
         wait_until(lambda: _asked(stack) == 200, "the model is served again", 60)
-    assert {replica.pid for replica in stack.replicas("Gateway")} == gateways
+    assert pids(stack, "Gateway") == gateways
+
+
+def _starting(stack: RunningStack, deployment: str, before: set[int]) -> psutil.Process:
+    """Return the replica that is none of `before`, as soon as it has a title."""
+    titles = (f"SERVE_REPLICA::gateway#{deployment}#", f":{deployment}")
+    found: list[psutil.Process] = []
+
+    def begun() -> bool:
+        found[:] = [p for title in titles for p in stack.processes(title) if p.pid not in before]
+        return bool(found)
+
+    wait_until(begun, f"the next {deployment} is begun", 90)
+    return found[0]
+
+
+def _settle(stack: RunningStack, before: set[int]) -> None:
+    """Wait until others serve than `before`, and see that they do."""
+    wait_until(lambda: replaced(stack, before, *GATEWAY_APP), "all of it is replaced", 120)
+    assert _asked(stack, FAKE_MODEL) == 200
+
+
+@pytest.mark.timeout(400)
+def test_limits_are_kept_while_the_next_replica_starts(stack: RunningStack) -> None:
+    wait_until(stack.ready, "ready", 60)
+    config = stack.config()
+    changed = deepcopy(config)
+    changed["applications"][0]["args"] = {"request_log": {"batch_rows": 998}}
+    before, limits = pids(stack, *GATEWAY_APP), pids(stack, "Limits")
+    stack.deploy(changed)
+    starting = _starting(stack, "Limits", limits)
+    # A machine that takes long to start it: for as long as this test likes.
+    starting.suspend()
+    try:
+        assert all(_asked(stack, FAKE_MODEL) == 200 for _ in range(20))
+        assert limits <= pids(stack, "Limits")
+    finally:
+        starting.resume()
+    _settle(stack, before)
+    assert pids(stack, "Limits") == {starting.pid}
+    before = pids(stack, *GATEWAY_APP)
+    stack.deploy(config)
+    _settle(stack, before)

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tests.chaos.load import Load, Wishes
+from tests.chaos.rollout import CHANGED, pids, replaced
 from tests.serve_configs import FAKE_MODEL
 from tests.stack_runner import COMP_AI, RunningStack, wait_until
 
@@ -23,7 +24,7 @@ CLIENTS = 50
 # Of the answers that must come after the last change.
 _AFTERWARDS = 100
 _ROWS = """
-select request_id, prompt_tokens + completion_tokens as tokens
+select request_id, prompt_tokens + completion_tokens as tokens, limits_ms
 from comp_ai.requests where request_id = any($1) and outcome = 'completed'
 """
 _WISHES = Wishes(clients=CLIENTS, tokens=(1, 20), pause_s=1.5)
@@ -79,17 +80,6 @@ async def _clients(stack: RunningStack) -> AsyncIterator[Load]:
         print(f"{len(load.seen.completed)} completed, failed: {dict(load.seen.troubles)}")
 
 
-def _serving(stack: RunningStack) -> set[int]:
-    """Return the processes of gateways and model."""
-    replicas = [*stack.replicas("Gateway"), *stack.replicas(f"Model:{FAKE_MODEL}")]
-    return {replica.pid for replica in replicas}
-
-
-def _replaced(stack: RunningStack, before: set[int]) -> bool:
-    now = _serving(stack)
-    return len(now) == len(before) and not now & before
-
-
 async def _changes(stack: RunningStack, folder: Path) -> Load:
     """Change gateway and model, fail, and go back to where it began, all under load."""
     config = stack.config()
@@ -97,15 +87,15 @@ async def _changes(stack: RunningStack, folder: Path) -> Load:
     good.write_text(yaml.safe_dump(_other_code(config)))
     bad.write_text(yaml.safe_dump(_failing(_other_code(config))))
     async with _clients(stack) as load:
-        before = _serving(stack)
+        before = pids(stack, *CHANGED)
         await _typed(stack, "deploy", str(good), code=0)
-        await _until(lambda: _replaced(stack, before), "every replica is a new one")
-        changed = _serving(stack)
+        await _until(lambda: replaced(stack, before, *CHANGED), "every replica is a new one")
+        changed = pids(stack, *CHANGED)
         told = await _typed(stack, "deploy", str(bad), code=1)
         assert "What ran before serves again." in told
-        await _until(lambda: _serving(stack) == changed, "no replica was touched")
+        await _until(lambda: pids(stack, *CHANGED) == changed, "no replica was touched")
         await _typed(stack, "rollback", code=0)
-        await _until(lambda: _replaced(stack, changed), "every replica is a new one again")
+        await _until(lambda: replaced(stack, changed, *CHANGED), "every replica is a new one again")
     return load
 
 
@@ -122,6 +112,7 @@ def test_no_request_fails(stack: RunningStack, tmp_path: Path) -> None:
     rows = stack.settled_rows(_ROWS, len(seen.completed), list(seen.completed))
     assert {row["request_id"]: row["tokens"] for row in rows} == seen.completed
     assert len(rows) == len(seen.completed)
+    print(f"longest wait for the limits: {max(row['limits_ms'] for row in rows):.0f} ms")
     listed = json.loads(stack.cli("deploys", "--json"))
     assert [entry["outcome"] for entry in listed] == ["served", "served", "rolled back", "served"]
     assert listed[-1]["restores"] == 1

@@ -83,7 +83,7 @@ def _not_reading(stack: RunningStack, request_id: str) -> socket.socket:
 def _memory_bytes(stack: RunningStack) -> dict[str, int]:
     found: dict[str, list[psutil.Process]] = {
         "gateways": stack.replicas("Gateway"),
-        "proxy": stack.processes("ray::ProxyActor"),
+        "proxy": stack.processes("ray::ProxyActor") + stack.processes("/haproxy.cfg"),
         "nginx": stack.processes("nginx: worker"),
     }
     return {name: sum(p.memory_info().rss for p in some) for name, some in found.items()}
@@ -141,7 +141,7 @@ def test_lost_gateway_is_told_in_the_openai_form(stack: RunningStack) -> None:
     asking = [threading.Thread(target=ask) for _ in range(6)]
     for thread in asking:
         thread.start()
-    wait_until(lambda: stack.engine(PAIR)["live_leases"] > 0, "an answer is under way", 30)
+    wait_until(lambda: stack.engine(PAIR)["requests_running"] > 0, "an answer is under way", 30)
     for replica in stack.replicas("Gateway"):
         replica.kill()
     for thread in asking:

@@ -53,6 +53,8 @@ def _ask(stack: RunningStack) -> int:
     return answer.status_code
 
 
+# Two starts, each of minutes on a busy machine.
+@pytest.mark.timeout(900)
 def test_ctrl_c_leaves_nothing_and_a_second_up_reuses_the_data(home: Path, config: Path) -> None:
     stack = start_stack(home, config)
     wait_started(stack)
@@ -77,6 +79,7 @@ def test_ctrl_c_leaves_nothing_and_a_second_up_reuses_the_data(home: Path, confi
     assert _of_home(home) == []
 
 
+@pytest.mark.timeout(900)
 def test_a_killed_up_leaves_nothing_to_the_next(home: Path, config: Path) -> None:
     stack = start_stack(home, config)
     wait_started(stack)

@@ -19,6 +19,12 @@ def _process(title: str) -> Callable[[RunningStack], list[int]]:
     return lambda stack: [process.pid for process in stack.processes(title)]
 
 
+def _door(stack: RunningStack) -> list[int]:
+    """Return Serve's own proxy and, where it is on, HAProxy with what keeps it."""
+    titles = ("ray::ProxyActor", "ray::HAProxyManager", "/haproxy.cfg")
+    return [process.pid for title in titles for process in stack.processes(title)]
+
+
 def _postgres(stack: RunningStack) -> list[int]:
     pid = stack.postgres.running_pid()
     return [] if pid is None else [pid]
@@ -31,7 +37,7 @@ VICTIMS: dict[str, Callable[[RunningStack], list[int]]] = {
     "limits": _replica("Limits"),
     "model": _replica(f"Model:{FAKE_MODEL}"),
     "nginx": _process("nginx: master"),
-    "proxy": _process("ray::ProxyActor"),
+    "proxy": _door,
     "controller": _process("ray::ServeController"),
 }
 

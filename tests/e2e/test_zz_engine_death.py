@@ -6,9 +6,13 @@ import json
 from functools import partial
 
 import httpx
+import pytest
 
 from tests.serve_configs import REAL_MODEL, STUCK_AFTER_S
 from tests.stack_runner import RunningStack, wait_until
+
+# A start of the engine takes minutes on a slow machine.
+pytestmark = pytest.mark.timeout(600)
 
 _BODY = {"model": REAL_MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 

@@ -51,6 +51,22 @@ class Collector:
                 found += [(service, span) for scope in resource.scope_spans for span in scope.spans]
         return found
 
+    @property
+    def text(self) -> str:
+        """All that was posted, as text, without the ids: among random bytes stands any word."""
+        found = []
+        for body in self.bodies:
+            request = ExportTraceServiceRequest.FromString(body)
+            for resource in request.resource_spans:
+                for scope in resource.scope_spans:
+                    for span in scope.spans:
+                        for one in (span, *span.links):
+                            one.ClearField("trace_id")
+                            one.ClearField("span_id")
+                        span.ClearField("parent_span_id")
+            found.append(str(request))
+        return "".join(found)
+
     def named(self, name: str) -> list[Span]:
         """Return the spans with this name, the first that began first."""
         found = [span for span in self.spans if span.name == name]

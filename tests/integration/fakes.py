@@ -50,7 +50,7 @@ from serve_app.metrics import NoMetrics
 from serve_app.queueing.pool import QueuedPool
 from serve_app.read_pool import ReadPool, build_read_pool
 from serve_app.records import PrincipalKind, RequestRecord
-from serve_app.replica import LeaseBook, LeaseDoor, ReplicaServer, Slot
+from serve_app.replica import LeaseBook, LeaseDoor, ReplicaServer, Run, Slot
 from serve_app.request_line import RequestLines
 from serve_app.scaling.readings import FirstTokens
 from serve_app.settings import PostgresSettings, load_settings
@@ -127,13 +127,15 @@ class FakeReplica:
         await self.gate.passed()
         await self._app(scope, receive, send)
 
-    async def _abort(self, slot: Slot) -> None:
-        self.engine.abort(slot.request_id)
+    async def _abort(self, run: Run) -> None:
+        self.engine.abort(run.request_id)
 
     @property
     def counters(self) -> EngineCounters:
         """What the engine counted."""
-        return self.engine.counters(replica_id=self.id, live_leases=len(self.leases))
+        return self.engine.counters(
+            replica_id=self.id, live_leases=len(self.leases), resting_leases=self.leases.resting
+        )
 
 
 class FakeLease:
@@ -158,7 +160,7 @@ class FakePool:
 
     Like Ray it does not look at what a hint would rather avoid. `gate` is passed with the slot
     already taken. With a `capacity` no more than so many leases are open at once; who comes then
-    waits.
+    waits. `may_keep` is what its grants say.
     """
 
     def __init__(self, replica: FakeReplica, *more: FakeReplica) -> None:
@@ -167,6 +169,7 @@ class FakePool:
         self.error: Exception | None = None
         self.hints: list[LeaseHint] = []
         self.capacity: int | None = None
+        self.may_keep = 0
         self.state_now = ModelState.SERVING
         # Calls that wait for room.
         self.asking = 0
@@ -189,7 +192,12 @@ class FakePool:
         except BaseException:
             holding.cancel()
             raise
-        grant = LeaseGrant(address=replica.server.address, token=slot.token, replica_id=replica.id)
+        grant = LeaseGrant(
+            address=replica.server.address,
+            token=slot.token,
+            replica_id=replica.id,
+            may_keep=self.may_keep,
+        )
         return FakeLease(grant, holding)
 
     async def _room(self) -> None:
@@ -200,13 +208,18 @@ class FakePool:
         finally:
             self.asking -= 1
 
+    def lose_leases(self) -> None:
+        """End all leases without a word to who holds them, as when replicas start anew."""
+        for holding in self._holding:
+            holding.cancel()
+
     def _has_room(self) -> bool:
         return not self.state_now.cold and (
             self.capacity is None or len(self._holding) < self.capacity
         )
 
     async def _hold(self, replica: FakeReplica, granted: asyncio.Future[Slot]) -> None:
-        async with replica.leases.lease() as slot:
+        async with replica.leases.lease(kept=self.may_keep > 0) as slot:
             granted.set_result(slot)
             await asyncio.Event().wait()
 
@@ -339,15 +352,17 @@ class Watched:
             task.cancel()
 
 
-def _no_database() -> LazyPool:
+def no_database() -> LazyPool:
+    """Return the pool of a PostgreSQL that is away."""
+
     async def connect() -> Pool:
         raise ConnectionRefusedError
 
     return LazyPool(connect)
 
 
-def _pool(settings: PostgresSettings) -> LazyPool:
-    return build_pool(settings, application_name="tests-gateway", max_size=4)
+def _pool(settings: PostgresSettings, name: str = "tests-gateway") -> LazyPool:
+    return build_pool(settings, application_name=name, max_size=4)
 
 
 class World:
@@ -363,7 +378,8 @@ class World:
         authenticator: FakeAuthenticator | None,
         sink: SpanSink | None,
     ) -> None:
-        self.database = _no_database() if database is None else _pool(database)
+        self.database = no_database() if database is None else _pool(database)
+        self.batches = no_database() if database is None else _pool(database, "tests-batches")
         self.reports = ReadPool(self.database)
         if database is not None:
             self.reports = build_read_pool(database, application_name="tests-reports")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from dataclasses import dataclass, field
 
 from serve_app.settings import PostgresSettings
@@ -64,9 +63,12 @@ class Link:
         return await asyncio.open_connection(host, port)
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
+        try:
             while data := await reader.read(65536):
                 await self._speaking.wait()
                 writer.write(data)
                 await writer.drain()
-            writer.close()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()  # also after a reset: the other end is to learn of it

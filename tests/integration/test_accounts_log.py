@@ -23,10 +23,11 @@ from serve_app.database import connect, migrate
 from serve_app.records import Outcome, PrincipalKind, RequestRecord, new_id, utc_now
 from serve_app.settings import PostgresSettings
 from tests.integration.conftest import MIGRATIONS, PostgresServer
+from tests.integration.links import Link
 from tests.sealing import FORM, subject_keys
 
 _TIMEOUT_S = 60.0
-_CONFIG = LogConfig(backoff_first_s=0.01, backoff_most_s=0.1)
+_CONFIG = LogConfig(backoff_first_s=0.01, backoff_most_s=0.1, gauges_every_s=0.05)
 
 
 class Metrics:
@@ -38,6 +39,13 @@ class Metrics:
         self.writes: list[float] = []
         self.rows: list[int] = []
         self.not_redacted: list[int] = []
+        self._told = asyncio.Event()
+
+    async def until(self, reached: Callable[[], bool]) -> None:
+        async with asyncio.timeout(_TIMEOUT_S):
+            while not reached():
+                self._told.clear()
+                await self._told.wait()
 
     def spool_depth(self, rows: int) -> None:
         self.depths.append(rows)
@@ -47,6 +55,7 @@ class Metrics:
 
     def spool_lag_s(self, seconds: float) -> None:
         self.lags.append(seconds)
+        self._told.set()
 
     def postgres_write_s(self, seconds: float) -> None:
         self.writes.append(seconds)
@@ -100,13 +109,16 @@ def _full_record() -> RequestRecord:
 
 @asynccontextmanager
 async def _log(
-    folder: Path, postgres: PostgresSettings, config: LogConfig = _CONFIG
+    folder: Path,
+    postgres: PostgresSettings,
+    config: LogConfig = _CONFIG,
+    metrics: Metrics | None = None,
 ) -> AsyncIterator[RequestLog]:
     log = RequestLog(
         spool=Spool(folder, form=FORM),
         postgres=postgres,
         keys=subject_keys(),
-        metrics=Metrics(),
+        metrics=metrics or Metrics(),
         config=config,
     )
     await log.start()
@@ -201,7 +213,7 @@ async def test_status_and_metrics_tell_what_happened(
     assert sum(metrics.rows) == 3
     assert min(metrics.rows) > 0
     assert metrics.writes
-    assert metrics.depths[-1] == 0
+    await metrics.until(lambda: metrics.depths[-1] == 0)
     log.check()
     await log.close()
     with pytest.raises(LogBroken):
@@ -214,6 +226,18 @@ async def test_repeated_batch_adds_nothing(connection: asyncpg.Connection) -> No
     again = await writer.write(connection, [*records, _record()], subject_keys())
     assert (again.written, again.poison) == (1, [])
     assert await connection.fetchval("select count(*) from comp_ai.request_bodies") == 6
+
+
+async def test_a_writer_that_went_silent_in_its_transaction_is_not_waited_for(
+    database: PostgresSettings, connection: asyncpg.Connection
+) -> None:
+    records = [_record()]
+    silent = await connect(database, application_name="tests-silent", statement_timeout_s=0.3)
+    await silent.transaction().start()
+    await writer.write(silent, records, subject_keys())
+    # It holds the place of the row, and its link passes nothing on any more.
+    assert (await writer.write(connection, records, subject_keys())).written == 1
+    silent.terminate()
 
 
 async def test_no_bodies_no_body_rows(connection: asyncpg.Connection) -> None:
@@ -361,6 +385,22 @@ async def test_log_starts_and_appends_while_postgres_is_away(
     assert sorted(await _ids(database)) == sorted(record.id for record in records)
 
 
+async def test_what_waits_is_told_while_postgres_is_silent(
+    tmp_path: Path, database: PostgresSettings
+) -> None:
+    link, metrics = Link(database), Metrics()
+    await link.mend()
+    async with _log(tmp_path, link.settings, metrics=metrics) as log:
+        await log.append(_record())
+        assert await log.drain(_TIMEOUT_S)
+        link.silence()
+        await log.append(_record())
+        # One write takes far longer before it is given up.
+        await metrics.until(lambda: metrics.depths[-5:] == [1] * 5)
+        assert 0 < metrics.lags[-5] < metrics.lags[-1]
+        await link.cut()
+
+
 async def test_log_waits_for_the_schema(tmp_path: Path, empty_database: PostgresSettings) -> None:
     async with _log(tmp_path, empty_database) as log:
         await log.append(_record())
@@ -478,8 +518,8 @@ async def test_dead_drain_fails_the_check(
     monkeypatch.setattr(writer, "write", bug)
     async with _log(tmp_path, database) as log:
         await log.append(_record())
-        assert log._task is not None
-        await asyncio.wait([log._task])
+        assert log._drain_task is not None
+        await asyncio.wait([log._drain_task])
         with pytest.raises(LogBroken, match="ended: KeyError"):
             log.check()
         await log.append(_record())  # the spool still takes them

@@ -14,17 +14,18 @@ import openai
 import orjson
 import pytest
 from openai.types import Batch, FileObject
+from starlette.types import Receive, Scope, Send
 
 from serve_app.audit.act import Actor
 from serve_app.batches.runner import BatchRunner, Pulse
-from serve_app.fake_engine import FakeEngineConfig
+from serve_app.fake_engine import FakeEngine, FakeEngineConfig
 from serve_app.identity.api_keys import ApiKeyStore, KeyTerms
 from serve_app.identity.principal import Permission
 from serve_app.records import Outcome
 from serve_app.settings import PostgresSettings
 from serve_app.stored.sweeper import Sweeper
 from tests.integration.conftest import PostgresServer
-from tests.integration.fakes import AUTHORIZATION, KEY, World, principal, until, world
+from tests.integration.fakes import AUTHORIZATION, FAST, KEY, World, principal, until, world
 
 PULSE = Pulse(look_s=0.05, claim_s=20.0, feed_s=0.02, drain_s=0.0)
 CHAT = "/v1/chat/completions"
@@ -65,7 +66,7 @@ async def ai(served: World) -> AsyncIterator[openai.AsyncOpenAI]:
 @asynccontextmanager
 async def running(*worlds: World, pulse: Pulse = PULSE) -> AsyncIterator[list[BatchRunner]]:
     """Run batches at the gateways of `worlds`."""
-    runners = [BatchRunner(one.gateway, pulse=pulse) for one in worlds]
+    runners = [BatchRunner(one.gateway, one.batches, pulse=pulse) for one in worlds]
     for runner in runners:
         runner.start()
     try:
@@ -740,6 +741,59 @@ async def test_a_batch_that_is_late_expires_with_what_is_done(
         assert [line["custom_id"] for line in await lines_of(ai, done.output_file_id)] == ["a"]
         late = await lines_of(ai, done.error_file_id)
         assert [line["error"]["code"] for line in late] == ["batch_expired"] * 5
+
+
+class HeldEngine:
+    """A fake engine that answers no chat until it is told to."""
+
+    def __init__(self) -> None:
+        self._app = FakeEngine(FAST).app()
+        self.answer = asyncio.Event()
+        self.chats = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("path") == CHAT:
+            self.chats += 1
+            await self.answer.wait()
+        await self._app(scope, receive, send)
+
+
+async def waiting(connection: asyncpg.Connection) -> list[str]:
+    """Return the names of those that wait for a lock now, one for each connection."""
+    # A transaction sees the activity as it was when it first looked.
+    await connection.execute("select pg_stat_clear_snapshot()")
+    rows = await connection.fetch(
+        "select application_name from pg_stat_activity "
+        "where wait_event_type = 'Lock' and datname = current_database()"
+    )
+    return [row["application_name"] for row in rows]
+
+
+async def test_lines_that_wait_for_postgres_leave_users_their_connections(
+    database: PostgresSettings, connection: asyncpg.Connection
+) -> None:
+    held = HeldEngine()
+    many = {"concurrency": 12}
+    async with (
+        world(engine_app=held, database=database, batches=many) as served,
+        client_of(served) as ai,
+    ):
+        stored = await ai.responses.create(model="small", input="Say", max_output_tokens=1)
+        batch = await begin(ai, *(chat(f"line-{n}", max_tokens=1) for n in range(12)))
+        async with running(served):
+            await until(lambda: held.chats == 12)
+            async with connection.transaction():
+                await connection.execute("lock table comp_ai.batch_lines in exclusive mode")
+                held.answer.set()
+                # All have an answer: four wait for the lock, the others for their connections.
+                async with asyncio.timeout(_PATIENCE_S):
+                    while len(who := await waiting(connection)) < 4:  # noqa: ASYNC110
+                        await asyncio.sleep(0.01)
+                assert set(who) == {"tests-batches"}
+                assert (await ai.responses.retrieve(stored.id)).output_text == "w0 "
+            done = await ended(ai, batch.id)
+    assert done.request_counts is not None
+    assert done.request_counts.completed == 12
 
 
 async def test_postgres_may_die_in_the_middle(own_server: PostgresServer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
 import socket
 from collections import deque
@@ -18,6 +19,8 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.completions.call import Call
+from serve_app.completions.patience import Patience
 from serve_app.fake_engine import FakeEngineConfig
 from serve_app.records import Outcome
 from tests.integration.fakes import (
@@ -90,6 +93,30 @@ async def test_comments_open_the_stream_once_the_engine_has_taken_the_request() 
         reader.reading.cancel()
         row = await served.the_record()
         assert (row.outcome, row.completion_tokens) == (Outcome.CANCELLED, 0)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_stream_that_has_ended_is_freed_without_the_collector(leaves: bool) -> None:
+    """What waits for it is the memory of a gateway: all of a request, for hundreds of them."""
+    gc.collect()
+    # Of tests before: an error that is a parameter of one keeps where it was raised.
+    others = _held()
+    gc.disable()
+    try:
+        async with world() as served, client(served) as http:
+            reader = Reader(http, **({"prompt": "[[stall_after=2]]"} if leaves else {}))
+            await until(lambda: b"w1 " in reader.received)
+            if leaves:
+                reader.reading.cancel()
+            await served.the_record()
+            await asyncio.wait([reader.reading])
+            await until(lambda: len(_held()) == len(others))
+    finally:
+        gc.enable()
+
+
+def _held() -> list[object]:
+    return [one for one in gc.get_objects() if type(one) in (Call, Patience)]
 
 
 async def test_comments_go_on_while_the_record_is_written() -> None:

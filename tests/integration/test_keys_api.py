@@ -673,8 +673,8 @@ async def _refused(clients: Sequence[httpx.AsyncClient], key: str) -> None:
 async def test_nothing_tells_a_revoked_key_from_one_that_never_was(
     http: httpx.AsyncClient, store: ApiKeyStore
 ) -> None:
-    soon = utc_now() + timedelta(milliseconds=200)
     revoked, key = await store.create(KeyTerms(name="r"), owner="ada", by=ROOT)
+    soon = utc_now() + timedelta(milliseconds=200)
     expired, _ = await store.create(KeyTerms(name="e", expires_at=soon), owner="ada", by=ROOT)
     good, _ = await store.create(KeyTerms(name="g"), owner="ada", by=ROOT)
     await store.revoke(key.id, by=ROOT)

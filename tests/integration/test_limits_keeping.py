@@ -19,12 +19,12 @@ import pytest
 
 from serve_app.contracts import Limit, Reservation, Scope, Settlement, Spent
 from serve_app.database import connect, migrate
-from serve_app.errors import LimitsUnavailable
+from serve_app.errors import HandedOver, LimitsUnavailable
 from serve_app.lazy_pool import build_pool
 from serve_app.limits import journal as journal_module
 from serve_app.limits.book import Change
 from serve_app.limits.journal import Journal
-from serve_app.limits.keeping import LimitKeeping
+from serve_app.limits.keeping import LimitKeeping, LimitsBroken
 from serve_app.limits.usage_store import UsageStore
 from serve_app.settings import PostgresSettings
 from tests.integration.conftest import MIGRATIONS, PostgresServer
@@ -66,6 +66,23 @@ def settled(of: Reservation, tokens: int = 0, cost_micros: int = 0) -> Settlemen
     return Settlement(id=of.id, accounts=tuple(s.key for s in of.scopes), spent=spent)
 
 
+def keeping(
+    folder: Path,
+    postgres: PostgresSettings,
+    clock: Clock | None = None,
+    told: Told | None = None,
+) -> LimitKeeping:
+    pool = build_pool(postgres, application_name="tests", max_size=1, unavailable=LimitsUnavailable)
+    clock = clock or Clock()
+    return LimitKeeping(
+        Journal(folder, lock_timeout_s=10),
+        UsageStore(pool),
+        told or Told(),
+        clock_s=clock,
+        wall_s=clock,
+    )
+
+
 @asynccontextmanager
 async def limits(
     folder: Path,
@@ -73,15 +90,7 @@ async def limits(
     clock: Clock | None = None,
     told: Told | None = None,
 ) -> AsyncIterator[LimitKeeping]:
-    pool = build_pool(postgres, application_name="tests", max_size=1, unavailable=LimitsUnavailable)
-    clock = clock or Clock()
-    kept = LimitKeeping(
-        Journal(folder, lock_timeout_s=10),
-        UsageStore(pool),
-        told or Told(),
-        clock_s=clock,
-        wall_s=clock,
-    )
+    kept = keeping(folder, postgres, clock, told)
     await kept.start()
     try:
         yield kept
@@ -311,6 +320,69 @@ async def test_many_at_once_share_a_commit(
         assert groups == [200]
         await asyncio.gather(*(kept.settle(settled(one, 1)) for one in asked))
         assert await left(kept, BUDGET, Limit.TOKENS_PER_DAY) == 800
+
+
+async def test_successor_waits_until_it_is_handed_everything(
+    tmp_path: Path, database: PostgresSettings
+) -> None:
+    successor = keeping(tmp_path / "here", database)
+    async with limits(tmp_path / "here", database) as before:
+        done, running = reservation(MINUTE, 200), reservation(MINUTE, 100)
+        await before.reserve(done)
+        starting = asyncio.create_task(successor.start())
+        async with asyncio.timeout(10):
+            await before.until_wanted()
+        assert not starting.done()
+        # All go on being served meanwhile, and what is under way at the end is answered.
+        assert (await before.reserve(running)).refusal is None
+        settling = asyncio.create_task(before.settle(settled(done, 150)))
+        await asyncio.sleep(0)
+        await before.hand_over()
+        await settling
+        await starting
+        for late in (
+            before.reserve(reservation(MINUTE)),
+            before.settle(settled(running, 40)),
+            before.renew([running.id]),
+            before.adopt([settled(running, 100)]),
+            before.standing([MINUTE]),
+        ):
+            with pytest.raises(HandedOver):
+                await late
+        with pytest.raises(LimitsBroken):
+            before.check()
+        successor.check()
+        assert await left(successor, MINUTE, Limit.REQUESTS_PER_MINUTE) == 1
+        assert await left(successor, MINUTE, Limit.TOKENS_PER_MINUTE) == 500 - 150 - 100
+        assert await left(successor, BUDGET, Limit.TOKENS_PER_DAY) == 1000 - 150 - 100
+        await successor.settle(settled(running, 40))
+    # PostgreSQL is told by the successor alone.
+    await successor.close()
+    async with limits(tmp_path / "elsewhere", database) as other:
+        assert await left(other, BUDGET, Limit.TOKENS_PER_DAY) == 1000 - 150 - 40
+
+
+async def test_handing_over_gives_back_what_could_not_be_written(
+    tmp_path: Path, database: PostgresSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    successor = keeping(tmp_path, database)
+    async with limits(tmp_path, database) as before:
+        starting = asyncio.create_task(successor.start())
+        await before.until_wanted()
+
+        def full(_connection: sqlite3.Connection, _changes: list[Change]) -> None:
+            raise sqlite3.OperationalError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(journal_module, "write", full)
+            asked = asyncio.create_task(before.reserve(reservation(MINUTE, 200)))
+            await asyncio.sleep(0)
+            await before.hand_over()
+            with pytest.raises(LimitsUnavailable):
+                await asked
+        await starting
+        assert await left(successor, MINUTE, Limit.TOKENS_PER_MINUTE) == 500
+    await successor.close()
 
 
 async def test_one_process_holds_a_journal(tmp_path: Path, database: PostgresSettings) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.serve.llm import LLMConfig
 
-from deployments.model import llm_config
+from deployments.model import leave_nodes_as_they_are, llm_config
 from deployments.options import ModelArgs
 from serve_app.config import parse_config
 from serve_app.errors import ConfigError
@@ -25,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def engine_arguments(adapters: list[str], **engine: Any) -> dict[str, Any]:
+def told(adapters: list[str], **engine: Any) -> LLMConfig:
     raw = {
         "name": "base",
         "weights": "base",
@@ -33,8 +34,20 @@ def engine_arguments(adapters: list[str], **engine: Any) -> dict[str, Any]:
         "adapters": [{"name": name, "weights": name} for name in adapters],
         "engine": engine,
     }
-    arguments: dict[str, Any] = llm_config(parse_config(ModelArgs, raw, "args")).engine_kwargs
+    return llm_config(parse_config(ModelArgs, raw, "args"))
+
+
+def engine_arguments(adapters: list[str], **engine: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = told(adapters, **engine).engine_kwargs
     return arguments
+
+
+def test_ray_prepares_no_node(folder: Path) -> None:
+    config = told([])
+    # What we set must be there: a field that Ray had renamed would be set in vain.
+    assert config.get_or_create_callback().ctx.run_init_node is True
+    leave_nodes_as_they_are(config)
+    assert config.get_or_create_callback().ctx.run_init_node is False
 
 
 def test_without_adapters_the_engine_gets_what_is_written(folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from serve_app.stack import haproxy
 from serve_app.stack.ports import pick_free
 
 PROJECT = Path(__file__).parents[2]
@@ -73,6 +74,8 @@ class Command:
         stand_in = programs / "ray"
         stand_in.write_text(STAND_IN.format(python=sys.executable, notes=str(self.notes)))
         stand_in.chmod(0o755)
+        # Ray would start it; its being there is looked for.
+        (programs / haproxy.LAUNCHER).symlink_to(Path(sys.executable).parent / haproxy.LAUNCHER)
         self.python = programs / "python"
         self.config = folder / "serve.yaml"
         self.config.write_text(CONFIG)

@@ -108,9 +108,14 @@ def test_an_update_leaves_a_gateway_and_a_log_that_serve(raw: dict[str, Any]) ->
         assert not (surge and deployment.get("max_replicas_per_node"))
 
 
-def test_the_limits_are_never_kept_twice(raw: dict[str, Any]) -> None:
+def test_the_limits_are_handed_over_on_one_machine_and_never_kept_twice(
+    raw: dict[str, Any],
+) -> None:
     limits = _deployment(_apps(raw)["gateway"], "Limits")
-    assert (limits["num_replicas"], limits.get("max_surge_percent", 0)) == (1, 0)
+    # On a worker that Ray chooses: the next one may not see the journal of the one before.
+    placed_anywhere = bool(limits["ray_actor_options"].get("resources"))
+    surge = 0 if placed_anywhere else 100
+    assert (limits["num_replicas"], limits["max_surge_percent"]) == (1, surge)
 
 
 def test_serve_itself_sets_no_time_limit(raw: dict[str, Any]) -> None:

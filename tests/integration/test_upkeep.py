@@ -109,12 +109,23 @@ async def test_one_of_two_works_and_the_other_takes_over(
         second.check()
 
 
+async def test_who_waits_for_the_lock_does_what_all_do(database: PostgresSettings) -> None:
+    tasks = [Task("one", 0.001, _nothing), Task("all", 0.001, _nothing, by_all=True)]
+    async with (
+        _upkeep(database, *tasks) as (_, of_first),
+        _upkeep_after(of_first, database, *tasks) as (_, of_second),
+    ):
+        await of_second.until(lambda: len(of_second.done) > 10)
+        assert set(of_second.done) == {"all"}
+        assert set(of_first.done) == {"one", "all"}
+
+
 @asynccontextmanager
 async def _upkeep_after(
-    first: Metrics, postgres: PostgresSettings, task: Task
+    first: Metrics, postgres: PostgresSettings, *tasks: Task
 ) -> AsyncIterator[tuple[Upkeep, Metrics]]:
     await first.until(lambda: len(first.done) > 0)
-    async with _upkeep(postgres, task) as second:
+    async with _upkeep(postgres, *tasks) as second:
         yield second
 
 

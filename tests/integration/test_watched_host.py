@@ -69,7 +69,7 @@ def host(own_server: PostgresServer, tmp_path: Path) -> Iterator[Host]:
     with ExitStack() as ending:
         gateway = ending.enter_context(Page("service_here 1\n"))
         told = json.dumps([{"targets": [f"127.0.0.1:{gateway.port}"], "labels": {"job": "ray"}}])
-        nodes = ending.enter_context(Page(told, content_type="application/json"))
+        nodes = ending.enter_context(Page(told, content_type="application/json", token="token"))
         [port] = free_ports(1)
         door = nginx.prepare(
             {

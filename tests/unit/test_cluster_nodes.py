@@ -11,7 +11,6 @@ from typing import cast
 
 import httpx
 import pytest
-import yaml
 from rich.console import Console
 from starlette.types import Receive, Scope, Send
 
@@ -22,11 +21,12 @@ from serve_app.settings import load_settings
 from serve_app.stack.cluster import Cluster
 from serve_app.stack.home import Home
 from serve_app.stack.logs import LogFollower
-from serve_app.stack.node import PROJECT, Head
+from serve_app.stack.node import Head
 from serve_app.stack.processes import Supervisor
 from serve_app.stack.progress import Parts
 from serve_app.stack.ray_head import WORKER_RESOURCE, RayHead, RayWorker
 from serve_app.stack.serve_api import NotRunning, ServeApi
+from tests.serve_configs import shipped
 
 
 def _in_cluster(tmp_path: Path, **settings: str) -> RayHead:
@@ -58,7 +58,7 @@ def test_replicas_and_workers_of_ray_do_not_share_ports() -> None:
     ports = NodePorts.parse("20000-20099")
     single = {ports.node_manager, ports.object_manager, ports.runtime_env_agent}
     single |= {ports.dashboard_agent, ports.dashboard_agent_grpc, ports.client_server}
-    parts = [single, set(ports.replicas), set(ports.workers)]
+    parts = [single, set(ports.replicas), set(ports.gateways), set(ports.workers)]
     assert sum(map(len, parts)) == len(set().union(*parts)) == 100
 
 
@@ -99,7 +99,7 @@ def test_only_workers_have_what_the_shipped_cluster_asks_of_a_worker(tmp_path: P
     )
     assert f'--resources={{"{WORKER_RESOURCE}": 1}}' in worker.spec(660).command
     assert not [word for word in head.spec({}).command if WORKER_RESOURCE in word]
-    config = yaml.safe_load((PROJECT / "configs" / "cluster.yaml").read_text())
+    config = shipped("cluster")
     gateway = config["applications"][0]["deployments"]
     [limits] = [one for one in gateway if one["name"] == "Limits"]
     assert list(limits["ray_actor_options"]["resources"]) == [WORKER_RESOURCE]

@@ -118,8 +118,7 @@ def test_the_values_of_the_example_are_the_defaults() -> None:
         for field in group.model_fields.values():
             name, default = str(field.alias), field.default
             if name in example and name not in other and default not in (None, ()):
-                expected = f"{default:g}" if isinstance(default, float) else str(default)
-                assert example[name] == expected, name
+                assert example[name] == _as_written(default), name
     for name, default in nginx.DEFAULTS.items():
         if name in example and name not in {
             "COMP_AI_NGINX_SERVER",
@@ -127,6 +126,16 @@ def test_the_values_of_the_example_are_the_defaults() -> None:
             "COMP_AI_NGINX_TRUSTED",
         }:
             assert example[name] == default, name
+
+
+def _as_written(default: object) -> str:
+    match default:
+        case bool():
+            return str(default).lower()
+        case float():
+            return f"{default:g}"
+        case _:
+            return str(default)
 
 
 def _program(name: str) -> str:

@@ -8,9 +8,11 @@ from typing import Any
 import orjson
 import pytest
 
+from serve_app.completions.answers import Answers
 from serve_app.completions.exchange import Exchange
 from serve_app.completions.kinds import Kind
 from serve_app.completions.sse import Usage
+from serve_app.completions.transcript import Transcript
 from serve_app.config import Bodies, ModelEntry
 from serve_app.contracts import LeaseGrant
 from serve_app.errors import (
@@ -45,6 +47,12 @@ def exchange(route: str = "chat.completions", **more: Any) -> Exchange:
 
 def record(of: Exchange) -> RequestRecord:
     return of.record()
+
+
+def said(frames: bytes) -> Transcript:
+    transcript = Transcript(Answers().pieces)
+    transcript.add(frames)
+    return transcript
 
 
 def test_nothing_but_a_request() -> None:
@@ -215,7 +223,7 @@ def test_bodies_are_kept_as_the_policy_says(
     frames = b'data: {"choices":[{"index":0,"delta":{"content":"Yes."}}]}\n\n'
     body = b'{"a":"\xc3\xa9"}'
     one = exchange(
-        stream=True, request_body=body, answer=bytearray(frames), bodies=bodies, shape="shape"
+        stream=True, request_body=body, transcript=said(frames), bodies=bodies, shape="shape"
     )
     row = record(one)
     assert (row.bodies, row.request_body, row.response_text) == (bodies, *texts)
@@ -227,10 +235,16 @@ def test_request_that_is_no_utf8_is_kept_as_far_as_it_goes() -> None:
 
 def test_whole_answer() -> None:
     answer = orjson.dumps({"choices": [{"index": 0, "text": "Yes."}]})
-    assert record(exchange(answer=bytearray(answer))).response_text == "Yes."
+    assert record(exchange(answer=answer)).response_text == "Yes."
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("answer", [b"Internal Server Error", b"[]", b"data: {broken\n\n", b"{}"])
 def test_an_answer_that_is_no_answer_still_leaves_a_record(stream: bool, answer: bytes) -> None:
-    assert record(exchange(stream=stream, answer=bytearray(answer))).response_text == ""
+    kept = {"transcript": said(answer)} if stream else {"answer": answer}
+    assert record(exchange(stream=stream, **kept)).response_text == ""
+
+
+def test_stream_that_said_nothing_leaves_no_text() -> None:
+    transcript = Transcript(Answers().pieces)
+    assert record(exchange(stream=True, transcript=transcript)).response_text is None

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from deployments.seams.limits import RayLimitKeeper
 from serve_app.contracts import Allowance, LimitState, Reservation, Scope, Settlement, Spent
-from serve_app.errors import LimitsUnavailable
+from serve_app.errors import HandedOver, LimitsUnavailable
 from serve_app.limits.book import LimitBook
 
 SCOPE = Scope(key="u", label="you", concurrency=2, tokens_per_day=100)
@@ -33,8 +34,15 @@ class Handle:
     def __init__(self) -> None:
         self.book = LimitBook(lambda: 1000.0, lambda: 1000.0)
         self.away = False
-        self.reserve = Method(self._reserve)
-        self.settle = Method(self._settle)
+        # So many calls more come to a replica that has handed over.
+        self.too_late = 0
+        # Reservations of so many tokens cannot be judged.
+        self.unknown: set[int] = set()
+        self.calls: list[int] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.reserve_all = Method(self._reserve_all)
+        self.settle_all = Method(self._settle_all)
         self.renew = Method(self._renew)
         self.adopt = Method(self._adopt)
         self.standing = Method(self._standing)
@@ -42,13 +50,26 @@ class Handle:
     def _here(self) -> LimitBook:
         if self.away:
             raise RayActorError
+        if self.too_late:
+            self.too_late -= 1
+            raise RayTaskError("reserve_all", "traceback", HandedOver()).as_instanceof_cause()
         return self.book
 
-    async def _reserve(self, reservation: Reservation) -> Allowance:
+    async def _reserve_all(
+        self, reservations: Sequence[Reservation]
+    ) -> list[Allowance | LimitsUnavailable]:
+        self.calls.append(len(reservations))
+        await self.gate.wait()
+        return [self._reserved(one) for one in reservations]
+
+    def _reserved(self, reservation: Reservation) -> Allowance | LimitsUnavailable:
+        if reservation.most.tokens in self.unknown:
+            return LimitsUnavailable(retry_after_s=5)
         return self._here().reserve(reservation)
 
-    async def _settle(self, settlement: Settlement) -> None:
-        self._here().settle(settlement)
+    async def _settle_all(self, settlements: Sequence[Settlement]) -> None:
+        for one in settlements:
+            self._here().settle(one)
 
     async def _renew(self, held: Sequence[uuid.UUID]) -> list[uuid.UUID]:
         return self._here().renew(held)
@@ -124,3 +145,44 @@ async def test_replica_that_stays_away_is_unavailable(
     handle.away = True
     with pytest.raises(LimitsUnavailable):
         await keeper.reserve(reservation())
+
+
+async def test_replica_that_has_handed_over_is_not_the_last_word(
+    handle: Handle, keeper: RayLimitKeeper
+) -> None:
+    one = reservation()
+    handle.too_late = 2
+    assert (await keeper.reserve(one)).refusal is None
+    handle.too_late = 1
+    assert await keeper.works()
+    handle.too_late = 1
+    assert len(await keeper.standing([SCOPE])) == 2
+    handle.too_late = 1
+    await keeper.settle(one, Spent(tokens=10))
+    assert handle.left() == [1, 70]
+    await keeper._tell()
+    assert handle.left() == [2, 90]
+
+
+async def test_works_only_where_it_answers(
+    handle: Handle, keeper: RayLimitKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.seams.limits._WORKS_TIMEOUT_S", 0.1)
+    assert await keeper.works()
+    handle.away = True
+    assert not await keeper.works()
+
+
+async def test_one_that_cannot_be_judged_fails_alone(
+    handle: Handle, keeper: RayLimitKeeper
+) -> None:
+    handle.unknown = {7}
+    handle.gate.clear()
+    asked = [asyncio.create_task(keeper.reserve(reservation(n))) for n in (30, 7, 31)]
+    await asyncio.sleep(0)
+    handle.gate.set()
+    granted, failed, also = await asyncio.gather(*asked, return_exceptions=True)
+    assert isinstance(failed, LimitsUnavailable)
+    assert (granted.refusal, also.refusal) == (None, None)
+    await keeper._tell()
+    assert handle.left() == [0, 39]

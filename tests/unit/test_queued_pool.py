@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable
+from typing import TypeVar
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import settings
@@ -14,6 +17,7 @@ from serve_app.config import ModelEntry, QueueConfig, Standing
 from serve_app.contracts import Lease, LeaseGrant, LeaseHint, ModelState
 from serve_app.errors import ModelNotReady, ModelOverloaded
 from serve_app.metrics import NoMetrics
+from serve_app.queueing.line import HeldLease, Line
 from serve_app.queueing.pool import QueuedPool
 from serve_app.queueing.ticket import Ticket
 
@@ -28,10 +32,10 @@ _TURNS = 12
 class ScriptedLease:
     """A lease that knows whether it is held."""
 
-    def __init__(self, number: int, held: set[int]) -> None:
+    def __init__(self, number: int, held: set[int], may_keep: int) -> None:
         self._number = number
         self._held = held
-        self.grant = LeaseGrant(address="a", token=str(number), replica_id="r")
+        self.grant = LeaseGrant(address="a", token=str(number), replica_id="r", may_keep=may_keep)
         held.add(number)
 
     def close(self) -> None:
@@ -67,10 +71,10 @@ class ScriptedPool:
         """See `ModelPool.state`."""
         return self.state_now
 
-    def grant(self) -> int:
+    def grant(self, may_keep: int = 0) -> int:
         """Grant the oldest call; return the number of the lease."""
         self.granted += 1
-        self.asking.pop(0).set_result(ScriptedLease(self.granted, self.held))
+        self.asking.pop(0).set_result(ScriptedLease(self.granted, self.held, may_keep))
         return self.granted
 
     def fail(self, error: Exception) -> None:
@@ -78,13 +82,20 @@ class ScriptedPool:
         self.asking.pop(0).set_exception(error)
 
 
-def ticket(principal_id: str = "ann", *, priority: int = 0, model: ModelEntry = MODEL) -> Ticket:
+def ticket(
+    principal_id: str = "ann",
+    *,
+    priority: int = 0,
+    model: ModelEntry = MODEL,
+    fresh: bool = False,
+) -> Ticket:
     standing = Standing(priority=priority)
     return Ticket(
         model=model,
         hint=LeaseHint(request_id="r", principal_id=principal_id, standing=standing),
         queue=QueueConfig(max_waiting=PLACES, at_ray=AT_RAY),
         timeout_s=3600,
+        fresh=fresh,
     )
 
 
@@ -212,7 +223,6 @@ async def test_a_slot_that_is_granted_in_the_moment_of_a_cancellation_is_given_b
 
 
 async def test_a_lease_closed_twice_counts_once(pool: ScriptedPool, queue: QueuedPool) -> None:
-    pool.held = _Forgiving()
     waiting = asyncio.create_task(queue.open(ticket()))
     await turns()
     pool.grant()
@@ -226,9 +236,191 @@ async def test_a_lease_closed_twice_counts_once(pool: ScriptedPool, queue: Queue
     await queue.close()
 
 
-class _Forgiving(set[int]):
-    def remove(self, element: int) -> None:
-        self.discard(element)
+async def granted(pool: ScriptedPool, queue: QueuedPool, may_keep: int = 1) -> HeldLease:
+    """Return a lease that Ray grants now."""
+    waiting = asyncio.create_task(queue.open(ticket()))
+    await turns()
+    pool.grant(may_keep)
+    return await waiting
+
+
+async def test_next_request_takes_what_was_given_back_without_asking(
+    pool: ScriptedPool, queue: QueuedPool
+) -> None:
+    lease = await granted(pool, queue)
+    assert not lease.rested
+    lease.give_back()
+    assert pool.held == {1}
+    again = await queue.open(ticket("ben"))
+    assert (again.grant.token, again.rested, pool.asking) == ("1", True, [])
+    again.close()
+    assert not pool.held
+    await queue.close()
+
+
+async def test_lease_that_is_given_back_goes_to_who_is_first_at_once(
+    pool: ScriptedPool, queue: QueuedPool
+) -> None:
+    lease = await granted(pool, queue)
+    usual = asyncio.create_task(queue.open(ticket("ann")))
+    await turns()
+    urgent = asyncio.create_task(queue.open(ticket("ben", priority=-1)))
+    await turns()
+    assert len(pool.asking) == 2
+    lease.give_back()
+    await turns()
+    assert (await urgent).grant.token == "1"
+    assert not usual.done()
+    # Who was served needs no call any more.
+    assert len(pool.asking) == 1
+    (await urgent).give_back()
+    assert (await usual).grant.token == "1"
+    await turns()
+    assert not pool.asking
+    await queue.close()
+
+
+async def test_lease_that_may_not_be_kept_is_closed_when_it_is_given_back(
+    pool: ScriptedPool, queue: QueuedPool
+) -> None:
+    lease = await granted(pool, queue, may_keep=0)
+    lease.give_back()
+    assert not pool.held
+    await queue.close()
+
+
+async def test_what_a_request_does_after_it_gave_back_changes_nothing(
+    pool: ScriptedPool, queue: QueuedPool
+) -> None:
+    lease = await granted(pool, queue)
+    lease.give_back()
+    again = await queue.open(ticket())
+    lease.close()
+    lease.give_back()
+    assert pool.held == {1}
+    again.give_back()
+    lease.close()
+    assert pool.held == {1}
+    await queue.close()
+    assert not pool.held
+
+
+async def fresh_and_behind(queue: QueuedPool) -> list[asyncio.Task[HeldLease]]:
+    """Have one wait who wants a fresh lease, and another behind it who does not mind."""
+    waiting = []
+    for wanted in (ticket(fresh=True), ticket()):
+        waiting.append(asyncio.create_task(queue.open(wanted)))
+        await turns()
+    return waiting
+
+
+async def test_request_that_met_a_dead_replica_gets_a_lease_that_ray_grants_now(
+    pool: ScriptedPool, queue: QueuedPool
+) -> None:
+    lease = await granted(pool, queue)
+    # Who comes behind it does not overtake it.
+    fresh, behind = await fresh_and_behind(queue)
+    lease.give_back()
+    await turns()
+    assert not fresh.done()
+    assert not behind.done()
+    pool.grant(1)
+    await turns()
+    assert (fresh.result().grant.token, fresh.result().rested) == ("2", False)
+    assert behind.result().grant.token == "1"
+    assert not pool.asking
+    await queue.close()
+
+
+async def test_one_that_leaves_lets_the_next_have_what_is_kept(
+    pool: ScriptedPool, queue: QueuedPool
+) -> None:
+    lease = await granted(pool, queue)
+    fresh, behind = await fresh_and_behind(queue)
+    lease.give_back()
+    fresh.cancel()
+    await turns()
+    assert behind.result().grant.token == "1"
+    await queue.close()
+
+
+async def test_replica_that_failed_loses_what_is_kept_of_it(
+    pool: ScriptedPool, queue: QueuedPool
+) -> None:
+    one, two = await granted(pool, queue), await granted(pool, queue)
+    one.give_back()
+    two.distrust()
+    assert pool.held == {2}
+    two.close()
+    assert not pool.held
+    await queue.close()
+
+
+async def test_closed_queue_keeps_nothing(pool: ScriptedPool, queue: QueuedPool) -> None:
+    one, two = await granted(pool, queue, 2), await granted(pool, queue, 2)
+    one.give_back()
+    await queue.close()
+    assert pool.held == {2}
+    two.give_back()
+    assert not pool.held
+
+
+async def test_slot_that_nobody_wants_any_more_is_kept_for_the_next(
+    pool: ScriptedPool, queue: QueuedPool
+) -> None:
+    leaving = asyncio.create_task(queue.open(ticket()))
+    await turns()
+    pool.grant(1)
+    leaving.cancel()
+    await turns()
+    if pool.held:
+        assert (await queue.open(ticket())).grant.token == "1"
+    await queue.close()
+
+
+@pytest.mark.parametrize("turns_between", range(6))
+async def test_lease_that_is_handed_over_in_the_moment_of_a_cancellation_stays_good(
+    pool: ScriptedPool, queue: QueuedPool, turns_between: int
+) -> None:
+    lease = await granted(pool, queue)
+    waiting = asyncio.create_task(queue.open(ticket()))
+    await turns()
+    lease.give_back()
+    for _ in range(turns_between):
+        await asyncio.sleep(0)
+    waiting.cancel()
+    await turns()
+    if not waiting.cancelled():
+        (await waiting).give_back()
+    assert pool.held == {1}
+    assert not pool.asking
+    again = await queue.open(ticket())
+    again.close()
+    assert not pool.held
+    await queue.close()
+
+
+async def test_speed_counts_the_time_that_requests_held_and_not_the_rest(
+    pool: ScriptedPool,
+) -> None:
+    now_s = 0.0
+    line = Line(pool, contextvars.copy_context(), lambda: now_s, Mock())
+    waiting = asyncio.create_task(line.wait(ticket()))
+    await turns()
+    pool.grant(1)
+    lease = await waiting
+    for _ in range(4):
+        now_s += 0.25
+        lease.give_back()
+        now_s += 0.5
+        lease = await line.wait(ticket())
+    assert (line._rate.held, line._rate.per_s()) == (1, pytest.approx(4))
+    line.close()
+    lease.close()
+    assert (line._rate.held, pool.held) == (0, set())
+
+
+Made = TypeVar("Made")
 
 
 class Walk(RuleBasedStateMachine):
@@ -243,26 +435,30 @@ class Walk(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.pool = ScriptedPool()
         self.queue: QueuedPool = self.call(lambda: QueuedPool(self.pool, NoMetrics()))
-        self.waiting: list[asyncio.Task[Lease]] = []
-        self.holding: list[Lease] = []
+        self.waiting: list[asyncio.Task[HeldLease]] = []
+        self.holding: list[HeldLease] = []
         self.settled = True
 
-    def call(self, work: Callable[[], QueuedPool]) -> QueuedPool:
-        async def inside() -> QueuedPool:
+    def call(self, work: Callable[[], Made]) -> Made:
+        async def inside() -> Made:
             return work()
 
         return self.loop.run_until_complete(inside())
 
-    @rule(principal=st.sampled_from(["ann", "ben", "cem"]), priority=st.integers(0, 1))
-    def arrive(self, principal: str, priority: int) -> None:
-        coming = self.queue.open(ticket(principal, priority=priority))
+    @rule(
+        principal=st.sampled_from(["ann", "ben", "cem"]),
+        priority=st.integers(0, 1),
+        fresh=st.booleans(),
+    )
+    def arrive(self, principal: str, priority: int, fresh: bool) -> None:
+        coming = self.queue.open(ticket(principal, priority=priority, fresh=fresh))
         self.waiting.append(self.loop.create_task(coming))
         self.settled = False
 
     @precondition(lambda self: self.pool.asking)
-    @rule()
-    def grant(self) -> None:
-        self.pool.grant()
+    @rule(may_keep=st.integers(0, 2))
+    def grant(self, may_keep: int) -> None:
+        self.pool.grant(may_keep)
         self.settled = False
 
     @precondition(lambda self: self.pool.asking)
@@ -278,11 +474,17 @@ class Walk(RuleBasedStateMachine):
         self.settled = False
 
     @precondition(lambda self: self.holding)
-    @rule(data=st.data())
-    def end(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), well=st.booleans())
+    def end(self, data: st.DataObject, well: bool) -> None:
         lease = data.draw(st.sampled_from(self.holding))
         self.holding.remove(lease)
-        lease.close()
+        self.call(lease.give_back if well else lease.close)
+        self.settled = False
+
+    @precondition(lambda self: self.holding)
+    @rule(data=st.data())
+    def distrust(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(self.holding)).distrust()
 
     @rule()
     def run(self) -> None:
@@ -303,9 +505,22 @@ class Walk(RuleBasedStateMachine):
         if not self.settled:
             return
         held = {int(lease.grant.token) for lease in self.holding}
-        assert self.pool.held == held
+        # Nobody has what another has, and the rest is kept.
+        assert len(held) == len(self.holding)
+        assert held <= self.pool.held
+        assert len(self.pool.held - held) == sum(len(line._kept) for line in self.lines) <= 2
         assert self.queue.waiting(MODEL) == len(self.waiting) <= PLACES
         assert len(self.pool.asking) == min(AT_RAY, len(self.waiting))
+
+    @invariant()
+    def nothing_is_idle_while_the_first_may_have_it(self) -> None:
+        for line in self.lines:
+            first = line._queue.first()
+            assert first is None or first.item.ticket.fresh or not len(line._kept)
+
+    @property
+    def lines(self) -> list[Line]:
+        return list(self.queue._lines.values())
 
     def teardown(self) -> None:
         for task in self.waiting:
@@ -314,9 +529,9 @@ class Walk(RuleBasedStateMachine):
         assert not self.waiting
         for lease in self.holding:
             lease.close()
-        assert not self.pool.held
         assert not self.pool.asking
         self.loop.run_until_complete(self.queue.close())
+        assert not self.pool.held
         self.loop.run_until_complete(turns())
         assert not asyncio.all_tasks(self.loop)
         self.loop.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
@@ -36,13 +37,26 @@ class Replica:
         self.room = room
         self.hangs = hangs
         self.records: list[RequestRecord] = []
+        self.refused: set[uuid.UUID] = set()
 
     async def append(self, record: RequestRecord) -> None:
         if self.hangs:
             await asyncio.Event().wait()
         if self.error is not None:
             raise self.error
+        if record.id in self.refused:
+            raise LogUnavailable
         self.records.append(record)
+
+    async def append_all(self, records: Sequence[RequestRecord]) -> list[bool]:
+        return [await self._took(record) for record in records]
+
+    async def _took(self, record: RequestRecord) -> bool:
+        try:
+            await self.append(record)
+        except LogUnavailable:
+            return False
+        return True
 
     async def has_room(self) -> bool:
         if isinstance(self.error, RayActorError):
@@ -67,11 +81,11 @@ class Handle:
     def __init__(self, *replicas: Replica, chosen: Sequence[int] = (0,)) -> None:
         self.replicas = replicas
         self._chosen = list(chosen)
-        self.append = self
+        self.append_all = self
 
-    def remote(self, record: RequestRecord) -> Awaitable[None]:
+    def remote(self, records: Sequence[RequestRecord]) -> Awaitable[list[bool]]:
         index = self._chosen.pop(0) if len(self._chosen) > 1 else self._chosen[0]
-        return self.replicas[index].append(record)
+        return self.replicas[index].append_all(records)
 
     def broadcast(self, method: str, *args: Any) -> Broadcast:
         return Broadcast([getattr(replica, method)(*args) for replica in self.replicas])
@@ -111,6 +125,16 @@ async def test_where_all_refuse_it_is_not_safe() -> None:
     handle = Handle(Replica(LogUnavailable()), Replica(LogUnavailable()))
     with pytest.raises(LogUnavailable):
         await _sink(handle).append(_record())
+
+
+async def test_record_that_is_refused_goes_elsewhere_alone() -> None:
+    handle = Handle(Replica(), Replica())
+    good, bad, also = (_record() for _ in range(3))
+    handle.replicas[0].refused = {bad.id}
+    sink = _sink(handle)
+    await asyncio.gather(*(sink.append(record) for record in (good, bad, also)))
+    assert [record.id for record in handle.replicas[0].records] == [good.id, also.id]
+    assert [record.id for record in handle.replicas[1].records] == [bad.id]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The door of a replica: in only with the token of a live lease, once."""
+"""The door of a replica: in only with the token of a live lease, one at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from serve_app.replica import (
     REQUEST_ID_HEADER,
     LeaseBook,
     LeaseDoor,
+    Run,
     Slot,
+    may_keep,
 )
 from serve_app.scaling.readings import FirstTokens
 
@@ -51,12 +53,12 @@ class Door:
     def __init__(self) -> None:
         self.app = App()
         self.book = LeaseBook()
-        self.aborted: list[Slot] = []
+        self.aborted: list[Run] = []
         self.first_tokens = FirstTokens()
         self._door = LeaseDoor(self.app, self.book, self._abort, self.first_tokens)
 
-    async def _abort(self, slot: Slot) -> None:
-        self.aborted.append(slot)
+    async def _abort(self, run: Run) -> None:
+        self.aborted.append(run)
 
     async def knock(self, token: str | None, path: str = PATH, **headers: str) -> tuple[int, bytes]:
         """Send one request and return status and body; 0 where no answer came."""
@@ -213,3 +215,119 @@ async def test_first_part_of_a_stream_is_timed_and_a_whole_answer_only_counted(d
         assert await door.knock(slot.token) == (200, b"www")
     assert noted[0] is None
     assert [after_s is not None and after_s >= 0 for after_s in noted[1:]] == [True]
+
+
+async def test_kept_lease_lets_one_in_after_the_other(door: Door) -> None:
+    async with door.book.lease(kept=True) as slot:
+        assert door.book.resting == 0  # the first is on its way
+        first = asyncio.create_task(door.knock(slot.token))
+        await door.app.entered.wait()
+        assert (await door.knock(slot.token))[0] == 409
+        assert door.book.resting == 0
+        door.app.go.set()
+        assert (await first)[0] == 200
+        assert door.book.resting == 1
+        assert (await door.knock(slot.token))[0] == 200
+    assert door.app.ended == ["answered", "answered"]
+    assert (await door.knock(slot.token))[0] == 403
+
+
+async def test_kept_lease_whose_request_failed_lets_nobody_in(door: Door) -> None:
+    door.app.error = RuntimeError("engine")
+    door.app.go.set()
+    async with door.book.lease(kept=True) as slot:
+        with pytest.raises(RuntimeError, match="engine"):
+            await door.knock(slot.token)
+        assert (await door.knock(slot.token))[0] == 409
+        assert door.book.resting == 0
+
+
+async def test_kept_lease_whose_request_was_not_answered_lets_nobody_in(door: Door) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"w", "more_body": True})
+
+    door._door = LeaseDoor(app, door.book, door._abort, door.first_tokens)
+    async with door.book.lease(kept=True) as slot:
+        assert (await door.knock(slot.token))[0] == 200
+        assert (await door.knock(slot.token))[0] == 409
+
+
+class Tidying:
+    """An app that has something left to do after its last byte; how each run ended."""
+
+    def __init__(self) -> None:
+        self.answered = asyncio.Event()
+        self.runs = 0
+        self.cancelled = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, and stay."""
+        self.runs += 1
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+        self.answered.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+
+async def test_next_request_does_not_wait_for_what_follows_the_last_byte(door: Door) -> None:
+    app = Tidying()
+    door._door = LeaseDoor(app, door.book, door._abort, door.first_tokens)
+    async with door.book.lease(kept=True) as slot:
+        first = asyncio.create_task(door.knock(slot.token))
+        await app.answered.wait()
+        second = asyncio.create_task(door.knock(slot.token))
+        async with asyncio.timeout(10):
+            while app.runs < 2:  # noqa: ASYNC110 - of the app
+                await asyncio.sleep(0)
+    # The end of the lease ends both.
+    async with asyncio.timeout(10):
+        await asyncio.wait([first, second])
+    assert app.cancelled == 2
+
+
+async def test_late_abort_does_not_end_the_next_request(door: Door) -> None:
+    async with door.book.lease(kept=True) as slot:
+        door.app.go.set()
+        await door.knock(slot.token, **{REQUEST_ID_HEADER: "r1"})
+        door.app.go.clear()
+        door.app.entered.clear()
+        next_one = asyncio.create_task(door.knock(slot.token, **{REQUEST_ID_HEADER: "r2"}))
+        await door.app.entered.wait()
+        assert (await door.knock(slot.token, ABORT_PATH, **{REQUEST_ID_HEADER: "r1"}))[0] == 202
+        assert door.aborted == []
+        assert (await door.knock(slot.token, ABORT_PATH, **{REQUEST_ID_HEADER: "r2"}))[0] == 202
+        assert [run.request_id for run in door.aborted] == ["r2"]
+        door.app.go.set()
+        assert (await next_one)[0] == 200
+
+
+async def test_abort_of_what_has_not_come_or_has_ended_finds_nothing(door: Door) -> None:
+    door.app.go.set()
+    async with door.book.lease(kept=True) as slot:
+        assert (await door.knock(slot.token, ABORT_PATH, **{REQUEST_ID_HEADER: "r1"}))[0] == 202
+        await door.knock(slot.token, **{REQUEST_ID_HEADER: "r1"})
+        assert (await door.knock(slot.token, ABORT_PATH))[0] == 202
+    assert door.aborted == []
+
+
+async def test_cancelled_handler_stops_its_request_and_spends_the_lease(door: Door) -> None:
+    async with door.book.lease(kept=True) as slot:
+        serving = asyncio.create_task(door.knock(slot.token))
+        await door.app.entered.wait()
+        serving.cancel()
+        await asyncio.wait([serving])
+        assert (await door.knock(slot.token))[0] == 409
+        async with asyncio.timeout(10):
+            while not door.app.ended:  # noqa: ASYNC110 - of the app
+                await asyncio.sleep(0.01)
+    assert door.app.ended == ["cancelled"]
+
+
+@pytest.mark.parametrize(("slots", "kept"), [(0, 0), (1, 0), (15, 0), (16, 1), (512, 32)])
+def test_few_slots_are_left_to_whoever_asks(slots: int, kept: int) -> None:
+    assert may_keep(slots) == kept

@@ -16,6 +16,7 @@ from serve_app.completions.response_events import (
     retold,
 )
 from serve_app.completions.sse import EngineError, Usage
+from serve_app.completions.transcript import Transcript
 from serve_app.fake_responses import FakeResponse
 
 TRICKY = 'event: response.completed data: {"response"} \n\n event: response.created'
@@ -189,14 +190,20 @@ def test_text_of_a_whole_answer() -> None:
     assert text == 'Hm.\n\nYes.\n\n{"name":"f","arguments":"{}"}'
 
 
+def said(frames: bytes) -> str | None:
+    transcript = Transcript(ResponseAnswers().pieces)
+    transcript.add(frames)
+    return transcript.text
+
+
 async def test_text_of_a_stream_is_said_once() -> None:
     reader = ResponseReader({})
     passed = read(reader, await stream(["a ", TRICKY]))
-    assert ResponseAnswers().text_of_stream(passed) == f"a {TRICKY}"
+    assert said(passed) == f"a {TRICKY}"
 
 
 def test_text_of_a_stream_holds_reasoning_and_calls() -> None:
-    said = [
+    events = [
         {"type": "response.reasoning_text.delta", "delta": "Hm."},
         {"type": "response.function_call_arguments.delta", "delta": "{"},
         {"type": "response.output_item.done", "item": ITEMS[2]},
@@ -204,9 +211,9 @@ def test_text_of_a_stream_holds_reasoning_and_calls() -> None:
     ]
     data = b"".join(
         b"event: " + one["type"].encode() + b"\ndata: " + orjson.dumps(one) + b"\n\n"
-        for one in said
+        for one in events
     )
-    assert ResponseAnswers().text_of_stream(data) == 'Hm.{"name":"f","arguments":"{}"}'
+    assert said(data) == 'Hm.{"name":"f","arguments":"{}"}'
 
 
 async def test_final_response_of_both_forms_and_its_retelling() -> None:

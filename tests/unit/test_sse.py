@@ -14,10 +14,10 @@ from serve_app.completions.sse import (
     StreamReader,
     Usage,
     error_frame,
+    pieces_of_stream,
     read_finish_reason,
     read_usage,
     text_of_answer,
-    text_of_stream,
 )
 from serve_app.errors import EngineFailed, to_openai
 
@@ -129,7 +129,7 @@ def test_marker_inside_a_text_is_relayed_untouched(text: str) -> None:
 def test_frame_that_is_no_json_object_is_passed_on(odd: bytes) -> None:
     got = read(odd + TOKENS[1])
     assert got.out == odd + TOKENS[1]
-    assert text_of_stream(got.out) == "Hello"
+    assert list(pieces_of_stream(got.out)) == [(0, "Hello")]
 
 
 _FRAMES = st.lists(
@@ -198,14 +198,14 @@ def test_read_finish_reason() -> None:
     assert read_finish_reason({"choices": [{}, {"finish_reason": "stop"}]}) == "stop"
 
 
-def test_text_of_stream_keeps_choices_apart() -> None:
-    stream = delta("a") + delta("x", index=1) + b": ping\n\n" + delta("b") + delta("y", index=1)
-    assert text_of_stream(stream) == "ab\n\nxy"
+def test_pieces_of_stream_name_their_choices() -> None:
+    stream = delta("a") + delta("x", index=1) + b": ping\n\n" + delta("b")
+    assert list(pieces_of_stream(stream)) == [(0, "a"), (1, "x"), (0, "b")]
 
 
-def test_text_of_completion_stream() -> None:
+def test_pieces_of_completion_stream() -> None:
     texts = [frame({"choices": [{"index": 0, "text": text}]}) for text in ("a", "b")]
-    assert text_of_stream(b"".join(texts)) == "ab"
+    assert list(pieces_of_stream(b"".join(texts))) == [(0, "a"), (0, "b")]
 
 
 def test_text_of_answer() -> None:

@@ -153,15 +153,36 @@ def test_the_ray_head_is_ours_alone(tmp_path: Path) -> None:
 def test_the_ray_environment_has_the_token_and_no_other_cluster(tmp_path: Path) -> None:
     head = _ray(tmp_path)
     env = head.environment(
-        {"RAY_ADDRESS": "elsewhere:1", "RAY_AUTH_TOKEN": "x", "VLLM_CPU_KVCACHE_SPACE": "4"}
+        {
+            "RAY_ADDRESS": "elsewhere:1",
+            "RAY_AUTH_TOKEN": "x",
+            "VLLM_CPU_KVCACHE_SPACE": "4",
+            "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1",
+        }
     )
     assert "RAY_ADDRESS" not in env
     assert "RAY_AUTH_TOKEN" not in env
     assert env["RAY_AUTH_MODE"] == "token"
     assert env["RAY_AUTH_TOKEN_PATH"] == str(head.home.ray_token)
     assert env["VLLM_CPU_KVCACHE_SPACE"] == "4"
+    assert env["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] == "0.1"
+    assert env["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert env["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] == "0"
+    assert env["RAY_SERVE_METRICS_EXPORT_INTERVAL_MS"] == "5000"
     check_flags(env)
     assert env["PYTHONPATH"].startswith("/project")
+
+
+def test_what_haproxy_answers_is_written_where_it_is_on(tmp_path: Path) -> None:
+    for on in ("true", "false"):
+        home = _home(tmp_path / on)
+        given = {"COMP_AI_HOME": str(home.path), "COMP_AI_HAPROXY": on}
+        service = load_settings(given).service
+        project = Path("/project")
+        RayHead(home=home, service=service, project=project).spec({})
+        assert any(home.haproxy.glob("*/503.http")) == (on == "true")
+        RayWorker(home=home, service=service, project=project, head="head:7001").spec(0)
+        assert any(home.haproxy.glob("*/503.http")) == (on == "true")
 
 
 def test_a_head_in_a_container_is_reached_from_outside(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tests.watching.prometheus import MONITORING, Watch
 
-# Counted from their first event on, which only trouble or a month's end brings.
+# Counted from their first event on, which only trouble, a month's end or a setting brings.
 UNANSWERED_WITHOUT_TROUBLE = {
     "ray_comp_ai_log_dropped_total": "no record was dropped",
     "ray_comp_ai_bodies_not_redacted_total": "redacting did not fail",
@@ -18,6 +18,7 @@ UNANSWERED_WITHOUT_TROUBLE = {
     "ray_comp_ai_retention_rows_total": "nothing was past its time",
     "ray_comp_ai_retention_partitions_dropped_total": "no month was past its time",
     "ray_comp_ai_queue_refused_total": "no queue was full",
+    "ray_comp_ai_tracing_spans_total": "tracing is off",
 }
 
 
@@ -43,14 +44,14 @@ class Question:
         return None
 
 
-def without_data(asked: Iterable[Question], watch: Watch, timeout_s: float) -> list[str]:
+def without_data(asked: Iterable[Question], watch: Watch, timeout_s: float) -> list[Question]:
     """Ask until every question is answered, or for so long; return those that were not."""
     deadline = time.monotonic() + timeout_s
     left = [*asked]
     while left and time.monotonic() < deadline:
         left = [one for one in left if not one.answered(watch)]
         time.sleep(0.5)
-    return [f"{one.dashboard}, {one.panel}: {one.query}" for one in left]
+    return left
 
 
 def questions() -> Iterator[Question]:

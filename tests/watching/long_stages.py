@@ -28,6 +28,7 @@ from tests.watching.traffic import asking, chat, start_batch
 SLOW = "slow"
 NARROW = "narrow"
 HUGE = "huge"
+REFUSED = "huge-refused"
 _MIB = 1024 * 1024
 SPOOL_DISK_BYTES = 96 * _MIB
 # Above what the stage leaves free, so that it counts as full.
@@ -133,10 +134,16 @@ def no_room(scene: Scene) -> Iterator[None]:
     before = stack.config()
     config = deepcopy(before)
     add_fake(config, HUGE, replicas=1)
+    models = config["applications"][0]["deployments"][0]["user_config"]["models"]
+    # The same by another name, for those who do not wait for its start.
+    models.append({**models[-1], "name": REFUSED, "when_cold": "refuse"})
     config["applications"][-1]["deployments"][0]["ray_actor_options"] = {"num_cpus": 1000}
     stack.deploy(config)
     try:
-        with asking(stack.url, stack.bootstrap, chat(HUGE), clients=4, pause_s=0.5):
+        with (
+            asking(stack.url, stack.bootstrap, chat(HUGE), clients=4, pause_s=0.5),
+            asking(stack.url, stack.bootstrap, chat(REFUSED), pause_s=0.5),
+        ):
             yield
     finally:
         stack.deploy(before)
@@ -261,7 +268,8 @@ async def _connect(settings: PostgresSettings) -> asyncpg.Connection:
 async def _hold_connections(settings: PostgresSettings, stop: threading.Event) -> None:
     held = [await _connect(settings)]
     most = int(await held[0].fetchval("show max_connections"))
-    count = "select count(*) from pg_stat_activity"
+    # The exporter counts none of PostgreSQL's own processes.
+    count = "select count(*) from pg_stat_activity where backend_type = 'client backend'"
     try:
         while await held[0].fetchval(count) < 0.93 * most:
             held.append(await _connect(settings))

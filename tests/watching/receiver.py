@@ -59,20 +59,26 @@ class Receiver(_Server):
 
 
 class Page(_Server):
-    """Tells `text` to whoever reads it, as an exporter does; 503 where `told` says no."""
+    """Tells `text` to whoever reads it, as an exporter does; 503 where `told` says no.
+
+    With a `token` it tells only who sends that as a bearer token, and 403 to others, as Ray does.
+    """
 
     def __init__(
         self,
         text: str,
         told: Callable[[], bool] = lambda: True,
         content_type: str = "text/plain; version=0.0.4",
+        token: str | None = None,
     ) -> None:
         self.text = text
+        wanted = None if token is None else f"Bearer {token}"
         page = self
 
         class Handler(_Quiet):
             def do_GET(self) -> None:
-                self.send_response(200 if told() else 503)
+                allowed = wanted in (None, self.headers["Authorization"])
+                self.send_response((200 if told() else 503) if allowed else 403)
                 self.send_header("Content-Type", content_type)
                 self.end_headers()
                 self.wfile.write(page.text.encode())

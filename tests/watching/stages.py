@@ -286,5 +286,10 @@ AWAY = (DOOR, DATABASE, METRICS)
 
 
 def wait_healthy(watch: Watch) -> None:
-    """Wait until every target is read."""
-    wait_until(lambda: set(watch.targets().values()) == {"up"}, "every target is read", 60)
+    """Wait until every target is read, and those of the service are among them."""
+
+    def healthy() -> bool:
+        targets = watch.targets()
+        return "comp-ai-service" in targets and set(targets.values()) == {"up"}
+
+    wait_until(healthy, "every target is read", 60)

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from tests.serve_configs import FAKE_MODEL, LIMITED_OWNER
 from tests.stack_runner import RunningStack
 
 _LONGEST_S = 400.0
@@ -65,7 +66,20 @@ def chat(model: str, prompt: str = "Hello", tokens: int = 2) -> dict[str, Any]:
     }
 
 
-def ask_as(stack: RunningStack, owner: str, body: Mapping[str, Any], times: int) -> None:
+@contextmanager
+def all_sorts(stack: RunningStack) -> Iterator[None]:
+    """Ask for what the dashboards tell of: a batch, more than a limit grants, then streams.
+
+    The streams go on until the end: a histogram that stands still answers nothing.
+    """
+    start_batch(stack, chat(FAKE_MODEL))
+    stream = {**chat(FAKE_MODEL, tokens=5), "stream": True}
+    _ask_as(stack, LIMITED_OWNER, stream, times=15)
+    with asking(stack.url, stack.bootstrap, stream, pause_s=1):
+        yield
+
+
+def _ask_as(stack: RunningStack, owner: str, body: Mapping[str, Any], times: int) -> None:
     """Ask some times with a new key of `owner`."""
     made = json.loads(stack.cli("keys", "create", "watch", "--owner", owner, "--json"))
     headers = {"Authorization": f"Bearer {made['key']}"}

@@ -1,0 +1,160 @@
+"""Leases that are asked of Ray: whoever is cancelled at whatever moment, no slot stays held.
+
+The calls are Ray's own; what a replica sends on them is played.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from ray import serve
+from ray.serve._private.common import RequestMetadata
+from ray.serve.handle import DeploymentResponseGenerator
+
+from deployments.seams import models
+from deployments.seams.models import RayModelPool
+from serve_app.config import ModelEntry, Standing
+from serve_app.contracts import LeaseGrant, LeaseHint
+
+GRANT = LeaseGrant(address="127.0.0.1:1", token="t", replica_id="r")
+MODEL = ModelEntry(name="small", app="small")
+HINT = LeaseHint(request_id="", principal_id="", standing=Standing())
+
+
+class Slot:
+    """What Ray makes of a call once a replica has taken it."""
+
+    def __init__(self) -> None:
+        self.granted = asyncio.Event()
+        self.ended = asyncio.Event()
+
+    async def __anext__(self) -> LeaseGrant:
+        await self.granted.wait()
+        return GRANT
+
+    def cancel(self) -> None:
+        self.ended.set()
+
+
+class Application:
+    """Stands for the handle of a model's application; keeps every call that was made."""
+
+    deployment_name = "Model:small"
+
+    def __init__(self) -> None:
+        self.calls: asyncio.Queue[asyncio.Future[Slot]] = asyncio.Queue()
+        self.lease = self
+
+    def options(self, **_: Any) -> Application:
+        return self
+
+    def remote(self, _: LeaseHint) -> DeploymentResponseGenerator:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.calls.put_nowait(future)
+        metadata = RequestMetadata(request_id="1", internal_request_id="1")
+        return DeploymentResponseGenerator(
+            future, metadata, _is_router_running_in_separate_loop=False
+        )
+
+    async def asked(self) -> asyncio.Future[Slot]:
+        """Return the next call that is made."""
+        return await asyncio.wait_for(self.calls.get(), 10)
+
+
+class NothingDeployed:
+    """What Serve says of its applications."""
+
+    async def get(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.fixture
+def application(monkeypatch: pytest.MonkeyPatch) -> Application:
+    application = Application()
+    monkeypatch.setattr(models, "ServedApplications", NothingDeployed)
+    monkeypatch.setattr(serve, "get_app_handle", lambda _: application)
+    return application
+
+
+def given_out() -> Slot:
+    slot = Slot()
+    slot.granted.set()
+    return slot
+
+
+async def ended(slot: Slot) -> None:
+    async with asyncio.timeout(10):
+        await slot.ended.wait()
+
+
+async def test_lease_is_held_until_it_is_closed(application: Application) -> None:
+    opening = asyncio.create_task(RayModelPool().open(MODEL, HINT))
+    slot = given_out()
+    (await application.asked()).set_result(slot)
+    lease = await opening
+    assert lease.grant is GRANT
+    assert not slot.ended.is_set()
+    lease.close()
+    assert slot.ended.is_set()
+
+
+async def test_who_gives_up_before_a_replica_has_room_takes_the_call_back(
+    application: Application,
+) -> None:
+    opening = asyncio.create_task(RayModelPool().open(MODEL, HINT))
+    taken = await application.asked()
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    await asyncio.wait([taken], timeout=10)
+    assert taken.cancelled()
+
+
+async def test_slot_that_is_granted_as_its_waiter_gives_up_is_given_back(
+    application: Application,
+) -> None:
+    opening = asyncio.create_task(RayModelPool().open(MODEL, HINT))
+    taken = await application.asked()
+    slot = given_out()
+    taken.set_result(slot)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    await ended(slot)
+
+
+async def test_slot_whose_grant_is_on_the_way_is_given_back(application: Application) -> None:
+    opening = asyncio.create_task(RayModelPool().open(MODEL, HINT))
+    slot = Slot()
+    (await application.asked()).set_result(slot)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    opening.cancel()
+    slot.granted.set()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    await ended(slot)
+
+
+@pytest.mark.parametrize("granted", [False, True])
+async def test_call_at_what_is_no_longer_deployed_begins_again(
+    application: Application, granted: bool
+) -> None:
+    pool = RayModelPool()
+    opening = asyncio.create_task(pool.open(MODEL, HINT))
+    taken = await application.asked()
+    old = given_out()
+    if granted:
+        taken.set_result(old)
+    # It looks, and drops the way to what is gone.
+    await pool.state(MODEL)
+    new = given_out()
+    (await application.asked()).set_result(new)
+    lease = await opening
+    if granted:
+        await ended(old)
+    assert not new.ended.is_set()
+    lease.close()
+    assert new.ended.is_set()
