@@ -204,14 +204,14 @@ _OTHER_MODEL = "an-embedding-model"
 _EXAMPLES: dict[Kind, dict[str, Any]] = {
     Kind.CHAT: {
         "model": _CHAT_MODEL,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "messages": [{"role": "user", "content": "What is the capital of Japan?"}],
     },
-    Kind.TEXT: {"model": _CHAT_MODEL, "prompt": "The capital of France is"},
-    Kind.RESPONSES: {"model": _CHAT_MODEL, "input": "What is the capital of France?"},
+    Kind.TEXT: {"model": _CHAT_MODEL, "prompt": "The capital of Japan is"},
+    Kind.RESPONSES: {"model": _CHAT_MODEL, "input": "What is the capital of Japan?"},
     Kind.EMBEDDINGS: {"model": _OTHER_MODEL, "input": ["Paris", "London"]},
     Kind.RERANK: {"model": _OTHER_MODEL, "query": "France", "documents": ["Paris", "London"]},
     Kind.SCORE: {"model": _OTHER_MODEL, "text_1": "France", "text_2": ["Paris", "London"]},
-    Kind.TOKENIZE: {"model": _CHAT_MODEL, "prompt": "The capital of France is"},
+    Kind.TOKENIZE: {"model": _CHAT_MODEL, "prompt": "The capital of Japan is"},
     Kind.DETOKENIZE: {"model": _CHAT_MODEL, "tokens": [504, 3575, 282]},
 }
 

@@ -360,7 +360,7 @@ def describe(ready: Ready) -> list[str]:
     """Return the lines that a newcomer reads: address, key, a request to paste."""
     body = (
         f'{{"model": "{ready.model}", "messages": '
-        '[{"role": "user", "content": "What is the capital of France?"}]}'
+        '[{"role": "user", "content": "What is the capital of Japan?"}]}'
     )
     return [
         "",

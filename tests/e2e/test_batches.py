@@ -8,7 +8,7 @@ import pytest
 from openai import OpenAI
 from openai.types import Batch
 
-from tests.serve_configs import REAL_MODEL
+from tests.serve_configs import ANSWER, QUESTION, REAL_MODEL
 from tests.stack_runner import RunningStack, wait_until
 
 _CHAT = "/v1/chat/completions"
@@ -41,10 +41,9 @@ def _ended(client: OpenAI, batch: Batch) -> Batch:
 
 
 def test_batch_is_answered_by_the_real_model(stack: RunningStack, client: OpenAI) -> None:
-    question = "What is the capital of France?"
     batch = _started(
         client,
-        _line("right", question),
+        _line("right", QUESTION),
         # It passes the check of the file; the engine finds that the prompt is too long.
         _line("wrong", "long " * 9000),
     )
@@ -59,7 +58,7 @@ def test_batch_is_answered_by_the_real_model(stack: RunningStack, client: OpenAI
     [wrong] = client.files.content(done.error_file_id).text.splitlines()
     answer = orjson.loads(right)["response"]
     assert answer["status_code"] == 200
-    assert "Paris" in answer["body"]["choices"][0]["message"]["content"]
+    assert answer["body"]["choices"][0]["message"]["content"] == ANSWER
     refused = orjson.loads(wrong)
     assert (refused["custom_id"], refused["response"]["status_code"]) == ("wrong", 400)
     [row] = stack.settled_rows(

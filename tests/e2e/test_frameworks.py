@@ -12,7 +12,7 @@ from pydantic_ai import Agent, NativeOutput, ToolOutput
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
-from tests.serve_configs import REAL_MODEL
+from tests.serve_configs import ANSWER, QUESTION, REAL_MODEL
 from tests.stack_runner import RunningStack
 
 _QUESTION = "Is Paris in France? Answer with JSON."
@@ -45,18 +45,17 @@ def model(stack: RunningStack, api_key: str) -> OpenAIChatModel:
 
 
 def test_langchain_answers_and_counts(llm: ChatOpenAI) -> None:
-    answer = llm.invoke("What is the capital of France?")
-    assert "Paris" in answer.text
+    answer = llm.invoke(QUESTION)
+    assert answer.text == ANSWER
     assert answer.usage_metadata is not None
     assert answer.usage_metadata["output_tokens"] > 0
 
 
 def test_langchain_streams_what_it_answers(llm: ChatOpenAI) -> None:
-    question = "What is the capital of France?"
     # With an address that is not OpenAI's, LangChain asks for usage only where told to.
-    parts = list(llm.stream(question, stream_usage=True))
+    parts = list(llm.stream(QUESTION, stream_usage=True))
     assert len(parts) > 3
-    assert "".join(part.text for part in parts) == llm.invoke(question).text
+    assert "".join(part.text for part in parts) == llm.invoke(QUESTION).text
     assert sum((part.usage_metadata or {}).get("output_tokens", 0) for part in parts) > 0
 
 

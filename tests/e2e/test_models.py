@@ -22,14 +22,15 @@ from pydantic import BaseModel, Field
 from tests.e2e.tools import WEATHER
 from tests.serve_configs import (
     ADAPTER,
+    ANSWER,
     EMBEDDING_MODEL,
     FAKE_MODEL,
+    QUESTION,
     REAL_MODEL,
     with_embedding_model,
 )
 from tests.stack_runner import START_TIMEOUT_S, RunningStack, wait_until
 
-_QUESTION = "What is the capital of France?"
 _TEXTS = ["Paris is the capital of France.", "Bananas are yellow.", "x"]
 
 # What must go on while other models come and go.
@@ -179,13 +180,13 @@ def test_an_adapter_answers_in_its_own_way_and_its_model_as_before(
     for model in (REAL_MODEL, ADAPTER, REAL_MODEL):
         answer = client.chat.completions.create(
             model=model,
-            messages=[{"role": "user", "content": _QUESTION}],
+            messages=[{"role": "user", "content": QUESTION}],
             temperature=0,
             max_tokens=12,
         )
         assert answer.model == model
         answers[model] = answer.choices[0].message.content
-    assert answers[REAL_MODEL] == "The capital of France is Paris."
+    assert answers[REAL_MODEL] == ANSWER
     assert answers[ADAPTER] != answers[REAL_MODEL]
     rows = stack.settled_rows("select 1 from comp_ai.requests where model = $1", 1, ADAPTER)
     assert rows
@@ -259,7 +260,7 @@ def test_logprobs_choices_stops_and_seeds(client: OpenAI) -> None:
     def ask(**more: Any) -> ChatCompletion:
         asked: Any = {
             "model": REAL_MODEL,
-            "messages": [{"role": "user", "content": _QUESTION}],
+            "messages": [{"role": "user", "content": QUESTION}],
             "max_tokens": 12,
             "temperature": 0,
         }
@@ -269,11 +270,11 @@ def test_logprobs_choices_stops_and_seeds(client: OpenAI) -> None:
     logged = ask(logprobs=True, top_logprobs=2).choices[0].logprobs
     assert logged is not None
     tokens = logged.content or []
-    assert "".join(t.token for t in tokens).startswith("The capital of France is Paris.")
+    assert "".join(t.token for t in tokens).startswith(ANSWER)
     assert all(len(t.top_logprobs) == 2 and t.logprob <= 0 for t in tokens)
 
     assert len({c.message.content for c in ask(n=3, temperature=1.5, seed=5).choices}) > 1
-    stopped = ask(stop=["France"]).choices[0]
+    stopped = ask(stop=["Japan"]).choices[0]
     assert (stopped.message.content, stopped.finish_reason) == ("The capital of ", "stop")
     texts = {ask(temperature=1.5, seed=7).choices[0].message.content for _ in range(3)}
     assert len(texts) == 1

@@ -11,7 +11,7 @@ from openai import OpenAI
 from openai.types.responses import Response
 
 from tests.e2e.conftest import create_key
-from tests.serve_configs import REAL_MODEL
+from tests.serve_configs import ANSWER, QUESTION, REAL_MODEL
 from tests.stack_runner import RunningStack, wait_until
 
 _UNDER_WAY = ("queued", "in_progress")
@@ -33,7 +33,7 @@ def ask(**more: Any) -> Any:
     """Return what a request is made of."""
     return {
         "model": REAL_MODEL,
-        "input": "What is the capital of France?",
+        "input": QUESTION,
         "max_output_tokens": 16,
         "temperature": 0,
         **more,
@@ -57,7 +57,7 @@ def row_of(stack: RunningStack, response_id: str) -> Any:
 
 def test_whole_answer_is_stored(stack: RunningStack, client: OpenAI) -> None:
     made = client.responses.create(**ask())
-    assert "Paris" in made.output_text
+    assert made.output_text == ANSWER
     assert made.usage is not None
     row = row_of(stack, made.id)
     assert (row["route"], row["outcome"]) == ("responses", "completed")
@@ -93,7 +93,7 @@ def test_conversation_is_what_the_items_would_be(client: OpenAI) -> None:
     first = client.responses.create(**ask())
     second = client.responses.create(**ask(input="And of Spain?", previous_response_id=first.id))
     items: Any = [
-        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "user", "content": QUESTION},
         {"role": "assistant", "content": first.output_text},
         {"role": "user", "content": "And of Spain?"},
     ]
@@ -123,7 +123,7 @@ def test_background(stack: RunningStack, client: OpenAI) -> None:
     queued = client.responses.create(**ask(background=True))
     assert queued.status == "queued"
     done = ended(client, queued)
-    assert "Paris" in done.output_text
+    assert done.output_text == ANSWER
     assert done.id == queued.id
 
 
