@@ -12,9 +12,8 @@ from serve_app.scaling.targets import POLICY
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 REAL_MODEL = "smollm2-135m-instruct"
-# Each token of the answer leads by 0.9 and more, so it is the same on every CPU. In bfloat16 the
-# logits of this model differ by up to 0.2 from CPU to CPU: asked about France it begins with
-# "The" on one and with "L'" on another, which lead by 0.1 over each other.
+# Each token of the answer leads by 0.9 and more. Asked about France the model begins with "The",
+# which leads by 0.1 over "L'".
 QUESTION = "What is the capital of Japan?"
 ANSWER = "The capital of Japan is Tokyo."
 EMBEDDING_MODEL = "all-minilm-l6-v2"
