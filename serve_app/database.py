@@ -24,6 +24,8 @@ from serve_app.errors import CompAIError, ConfigError
 from serve_app.settings import PostgresSettings
 
 CONNECT_TIMEOUT_S = 10.0
+# Requests wait for it: two packets that were lost, not a host that is gone.
+_POOL_CONNECT_TIMEOUT_S = 5.0
 STATEMENT_TIMEOUT_S = 30.0
 # A migration that waits for a lock stops everybody behind it in the queue for that lock.
 MIGRATION_LOCK_TIMEOUT_S = 10.0
@@ -107,17 +109,28 @@ async def create_pool(
 ) -> asyncpg.Pool:
     """Open a pool; `min_size` connections are made at once, 0 defers every failure.
 
-    `server_settings` hold in its sessions beside our own.
+    `server_settings` hold in its sessions beside our own. What a use changes in its session stays:
+    only an open transaction is ended when a connection is given back.
 
     Raises:
         DatabaseUnavailable: no server there, or it refuses us; says which and why.
     """
-    arguments = _arguments(settings, application_name, statement_timeout_s, CONNECT_TIMEOUT_S)
+    arguments = _arguments(settings, application_name, statement_timeout_s, _POOL_CONNECT_TIMEOUT_S)
     arguments["server_settings"] |= server_settings or {}
     try:
-        return await asyncpg.create_pool(min_size=min_size, max_size=max_size, **arguments)
+        return await asyncpg.create_pool(
+            min_size=min_size, max_size=max_size, reset=_keep_session, **arguments
+        )
     except CONNECT_ERRORS as error:
         raise DatabaseUnavailable(_explain(error, settings)) from error
+
+
+async def _keep_session(_: asyncpg.Connection) -> None:
+    """Do nothing, in the place of asyncpg's query that resets what a use may have set.
+
+    It costs a round trip each time, and nothing of ours in a pool sets what outlives its
+    transaction. asyncpg has ended an open transaction before.
+    """
 
 
 def _arguments(

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 import asyncpg
@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 Connection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 
+# Of giving a connection back: a statement that was broken off is ended in it, or the connection.
+_GIVE_BACK_S = 1.0
+_CLOSE_S = 3.0
+
 
 class LazyPool:
     """Lets the gateway start, and go on, while PostgreSQL is away.
@@ -39,7 +43,7 @@ class LazyPool:
         too_slow: what is raised where a statement was ended because it took too long; without it
             that is as if PostgreSQL were away.
         name: whose pool it is, in the log.
-        timeout_s: limit of one use of a connection, opening included.
+        timeout_s: limit of one use of a connection: the wait for it, and what is asked.
         clock: monotonic seconds.
     """
 
@@ -50,7 +54,7 @@ class LazyPool:
         unavailable: type[Unavailable] = StoreUnavailable,
         too_slow: type[Unavailable] | None = None,
         name: str = "store",
-        timeout_s: float = 3.0,
+        timeout_s: float = 10.0,
         retry_s: float = 1.0,
         max_retry_s: float = 8.0,
         clock: Callable[[], float] = time.monotonic,
@@ -79,10 +83,7 @@ class LazyPool:
         """
         self._refuse_while_down()
         try:
-            async with (
-                asyncio.timeout(timeout_s or self._timeout_s),
-                (await self._opened()).acquire() as connection,
-            ):
+            async with self._lent(timeout_s or self._timeout_s) as connection:
                 yield connection
         except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
             raise InvalidRequest("The database refuses these values.") from error
@@ -99,11 +100,21 @@ class LazyPool:
         if pool is None:
             return
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(_CLOSE_S):
                 await pool.close()
         except CONNECT_ERRORS:
             with contextlib.suppress(asyncpg.InterfaceError):
                 pool.terminate()
+
+    @asynccontextmanager
+    async def _lent(self, timeout_s: float) -> AsyncIterator[Connection]:
+        """Lend a connection, and take it back outside of the time: what it was lent for is done."""
+        async with AsyncExitStack() as stack:
+            async with asyncio.timeout(timeout_s):
+                pool = await self._opened()
+                connection = await pool.acquire()
+                stack.push_async_callback(_give_back, pool, connection)
+                yield connection
 
     async def _opened(self) -> Pool:
         if self._pool is not None:
@@ -141,6 +152,12 @@ class LazyPool:
             )
         self._down = False
         self._backoff.reset()
+
+
+async def _give_back(pool: Pool, connection: Connection) -> None:
+    """Give it back; asyncpg drops it where that fails, and nobody is told: the work is done."""
+    with contextlib.suppress(asyncpg.InternalClientError, *CONNECT_ERRORS):
+        await pool.release(connection, timeout=_GIVE_BACK_S)
 
 
 def build_pool(

@@ -96,7 +96,6 @@ async def key_store(settings: PostgresSettings) -> AsyncIterator[ApiKeyStore]:
         lambda: create_pool(settings, min_size=0, max_size=2, application_name="comp-ai"),
         unavailable=IdentityUnavailable,
         name="identity",
-        timeout_s=10.0,
     )
     try:
         yield ApiKeyStore(pool)
