@@ -13,7 +13,7 @@ from openai import OpenAI
 
 from serve_app.models.fetch import MINILM, SMOLLM2, fetch
 from tests.adapters import write_adapter
-from tests.serve_configs import quick_to_notice, suite_config, with_adapter
+from tests.serve_configs import REAL_MODEL, quick_to_notice, suite_config, with_adapter
 from tests.stack_runner import RunningStack, free_ports, models_path, running_stack
 
 
@@ -31,6 +31,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
         "COMP_AI_TRACING_TRUST_PARENTS": "true",
     }
     with running_stack(quick_to_notice(config), **tracing) as running:
+        # Started beside a busy engine, what asks for its counters misses a whole answer.
+        running.engine(REAL_MODEL)
         yield running
 
 
