@@ -130,7 +130,7 @@ def test_background(stack: RunningStack, client: OpenAI) -> None:
 def test_cancel_stops_the_engine(stack: RunningStack, client: OpenAI) -> None:
     long = ask(background=True, max_output_tokens=2000, extra_body={"ignore_eos": True})
     queued = client.responses.create(**long)
-    wait_until(lambda: stack.engine(REAL_MODEL)["requests_running"] > 0, "it runs", 30)
+    wait_until(lambda: stack.engine(REAL_MODEL)["requests_running"] > 0, "it runs", 60)
     assert client.responses.cancel(queued.id).status == "cancelled"
     wait_until(lambda: stack.engine(REAL_MODEL)["requests_running"] == 0, "it was stopped", 15)
     assert client.responses.retrieve(queued.id).status == "cancelled"
