@@ -11,6 +11,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.seams.calls import CALL_FAILED
 from serve_app.accounts.drift import EngineReading
+from serve_app.background import stop_tasks
 from serve_app.engine_counters import EngineCounters
 from serve_app.records import utc_now
 
@@ -43,8 +44,7 @@ class CountsTeller:
     async def close(self) -> None:
         """Tell a last time, then stop. Takes no longer than a moment."""
         if self._telling is not None:
-            self._telling.cancel()
-            await asyncio.wait([self._telling])
+            await stop_tasks(self._telling)
             await self._tell(_LAST_TIMEOUT_S)
 
     async def _tell_for_ever(self) -> None:

@@ -12,7 +12,7 @@ from ray import serve
 from ray.util.metrics import Gauge
 
 from deployments.direct import Direct
-from serve_app.background import check_goes_on
+from serve_app.background import check_goes_on, stop_tasks
 from serve_app.contracts import Allowance, LimitState, Reservation, Scope, Settlement
 from serve_app.errors import LimitsUnavailable
 from serve_app.lazy_pool import build_pool
@@ -127,7 +127,6 @@ class Limits(Direct):
 
     async def __del__(self) -> None:
         """Called by Serve when the replica stops."""
-        self._handing_over.cancel()
-        await asyncio.wait([self._handing_over])
+        await stop_tasks(self._handing_over)
         await self.close_direct()
         await self._limits.close()

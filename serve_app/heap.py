@@ -6,6 +6,8 @@ import asyncio
 import ctypes
 from collections.abc import Callable
 
+from serve_app.background import stop_tasks
+
 # What 1,500 requests leave lying takes some 4 MiB; a trim takes milliseconds.
 _EVERY_S = 10.0
 
@@ -33,9 +35,7 @@ class HeapTrimmer:
 
     async def close(self) -> None:
         """Stop; a trim that runs ends by itself."""
-        if self._trimming is not None:
-            self._trimming.cancel()
-            await asyncio.wait([self._trimming])
+        await stop_tasks(self._trimming)
 
     async def _again(self, trim: Callable[[], object]) -> None:
         while True:

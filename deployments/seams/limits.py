@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.seams.calls import CALL_FAILED, answers, until_answered
 from deployments.seams.direct import line_to
+from serve_app.background import stop_tasks
 from serve_app.contracts import (
     Allowance,
     LimitState,
@@ -63,9 +64,7 @@ class RayLimitKeeper:
 
     async def close(self) -> None:
         """Stop telling; what is still held here is given up when it times out."""
-        if self._renewing is not None:
-            self._renewing.cancel()
-            await asyncio.wait([self._renewing])
+        await stop_tasks(self._renewing)
         await self._line.close()
 
     async def reserve(self, reservation: Reservation) -> Allowance:

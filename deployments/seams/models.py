@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deployments.applications import ServedApplications, StatusUnknown, state_of
 from deployments.seams.calls import until_answered
+from serve_app.background import stop_tasks
 from serve_app.config import ModelEntry
 from serve_app.contracts import Lease, LeaseGrant, LeaseHint, ModelState
 from serve_app.errors import ModelNotReady, ModelOverloaded
@@ -86,8 +87,7 @@ async def _ended(call: DeploymentResponseGenerator) -> None:
     for _ in range(2):
         taken = asyncio.create_task(call.__anext__(), name="take-lease")
         await asyncio.sleep(0)  # until it waits: cancelled before, it would not touch the call
-        taken.cancel()
-        await asyncio.wait([taken])
+        await stop_tasks(taken)
         if not taken.cancelled():
             taken.exception()  # whatever it is, there is no slot
     call.cancel()

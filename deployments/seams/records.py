@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.seams.calls import CALL_FAILED, until_answered
 from deployments.seams.direct import line_to
 from serve_app.accounts.procedures import APPEND_ALL
+from serve_app.background import stop_tasks
 from serve_app.direct import LineLost
 from serve_app.errors import LogUnavailable
 from serve_app.grouped_calls import GroupedCalls
@@ -47,9 +48,7 @@ class RayRecordSink:
 
     async def close(self) -> None:
         """Stop watching."""
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.wait([self._watching])
+        await stop_tasks(self._watching)
         await self._line.close()
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 
+from serve_app.background import stop_tasks
 from serve_app.completions.answers import Reader
 from serve_app.completions.body import Ask
 from serve_app.completions.engine_errors import engine_error
@@ -148,8 +149,7 @@ class Attempt:
             await self._upstream.abort_until(rest)
         else:
             await self._upstream.wait_for(rest)
-        rest.cancel()
-        await asyncio.wait([rest])
+        await stop_tasks(rest)
 
     async def _read_rest(self) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from serve_app.background import stop_tasks
 from serve_app.backoff import Backoff
 from serve_app.direct.connection import DirectConnection
 from serve_app.direct.procedures import Answer, Asked, Door, LineLost, Procedure
@@ -33,9 +34,7 @@ class DirectLine:
 
     async def close(self) -> None:
         """Give the connection up."""
-        if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.wait([self._keeping])
+        await stop_tasks(self._keeping)
         if self._connection is not None:
             self._connection.close()
 

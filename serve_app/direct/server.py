@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from serve_app.background import stop_tasks
 from serve_app.direct.procedures import ANSWERED, FAILED, TOKEN_BYTES, Door, Frame, Handler
 from serve_app.log_setup import log_failure
 from serve_app.node_ports import listen
@@ -42,10 +43,7 @@ class DirectServer:
         """Take no more calls; return once those under way are answered."""
         if self._server is not None:
             self._server.close()
-        for connection in self._connections:
-            connection.cancel()
-        if self._connections:
-            await asyncio.wait(self._connections)
+        await stop_tasks(*self._connections)
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = asyncio.create_task(self._serve(reader, writer), name="direct-calls")

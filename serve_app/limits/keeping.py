@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from serve_app.background import check_goes_on
+from serve_app.background import check_goes_on, stop_tasks
 from serve_app.contracts import Allowance, LimitState, Reservation, Scope, Settlement
 from serve_app.errors import CompAIError, HandedOver, LimitsUnavailable
 from serve_app.limits.book import Change, Granted, LimitBook, PeriodTotal
@@ -113,7 +113,7 @@ class LimitKeeping:
     async def close(self) -> None:
         """Keep what has changed, and close."""
         if self._keeping is not None and not self._handed_over:
-            await self._stop_keeping(self._keeping)
+            await stop_tasks(self._keeping)
             await self._keep()
         await self._store.close()
         await self._journal.close()
@@ -130,8 +130,7 @@ class LimitKeeping:
         told HandedOver. If this is cancelled, `close` does the rest.
         """
         self._handed_over = True
-        if self._keeping is not None:
-            await self._stop_keeping(self._keeping)
+        await stop_tasks(self._keeping)
         with suppress(LimitsUnavailable):  # whoever waits is told the same
             await self._written()
         await self._journal.close()
@@ -195,10 +194,6 @@ class LimitKeeping:
     def _check_kept_here(self) -> None:
         if self._handed_over:
             raise HandedOver
-
-    async def _stop_keeping(self, keeping: asyncio.Task[None]) -> None:
-        keeping.cancel()
-        await asyncio.wait([keeping])
 
     async def _written(self) -> None:
         """Return once every change of the book until now is in the journal.

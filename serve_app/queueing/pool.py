@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 
+from serve_app.background import stop_tasks
 from serve_app.config import ModelEntry
 from serve_app.contracts import ModelPool, ModelState
 from serve_app.metrics import GatewayMetrics
@@ -38,9 +39,7 @@ class QueuedPool:
         """Stop reporting, asking for slots and keeping them."""
         for line in self._lines.values():
             line.close()
-        if self._reporting is not None:
-            self._reporting.cancel()
-            await asyncio.wait([self._reporting])
+        await stop_tasks(self._reporting)
 
     async def open(self, ticket: Ticket) -> HeldLease:
         """Wait for a slot at a replica. If cancelled at any moment, nothing stays held.

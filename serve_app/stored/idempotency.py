@@ -20,6 +20,7 @@ from typing import Any
 
 from serve_app.accounts.sealing.cells import Cell, cell
 from serve_app.accounts.sealing.places import answer_place
+from serve_app.background import stop_tasks
 from serve_app.config import IdempotencyConfig
 from serve_app.errors import (
     AnswerNotKept,
@@ -169,7 +170,7 @@ class Claim:
 
         Takes `_KEEP_TIMEOUT_S` at most: the client waits for its last byte.
         """
-        await self._stop_renewing()
+        await stop_tasks(self._renewing)
         if not self._held:
             return
         self._held = False
@@ -185,7 +186,7 @@ class Claim:
 
     async def release(self) -> None:
         """Give the key back, so that the next request with it runs. Safe to repeat."""
-        await self._stop_renewing()
+        await stop_tasks(self._renewing)
         if not self._held:
             return
         self._held = False
@@ -219,11 +220,6 @@ class Claim:
                     await connection.execute(
                         _query("renew"), *self._name(), self._owner, self._config.claim_s
                     )
-
-    async def _stop_renewing(self) -> None:
-        if self._renewing is not None:
-            self._renewing.cancel()
-            await asyncio.wait([self._renewing])
 
     def _name(self) -> tuple[str, str]:
         return self._use.principal_id, self._use.key

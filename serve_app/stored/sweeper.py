@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from serve_app.background import stop_tasks
 from serve_app.errors import InvalidRequest, Unavailable
 from serve_app.lazy_pool import LazyPool
 from serve_app.sql import named_queries
@@ -60,9 +61,7 @@ class Sweeper:
 
     async def close(self) -> None:
         """Stop."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        await stop_tasks(self._task)
 
     async def sweep(self) -> int:
         """Remove everything that is past its time now; return how many rows that were.
