@@ -17,6 +17,7 @@ import pytest
 from serve_app.database import connect, migrate
 from serve_app.settings import PostgresSettings
 from serve_app.stack.postgres import EmbeddedPostgres
+from tests.integration.links import Link
 
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
 _TEMPLATE = "template_comp_ai"
@@ -138,6 +139,15 @@ async def connection(database: PostgresSettings) -> AsyncIterator[asyncpg.Connec
     opened = await connect(database, application_name="tests")
     yield opened
     await opened.close()
+
+
+@pytest.fixture
+async def link(database: PostgresSettings) -> AsyncIterator[Link]:
+    """A link to `database` that the test may break."""
+    link = Link(database)
+    await link.mend()
+    yield link
+    await link.cut()
 
 
 @pytest.fixture

@@ -38,14 +38,6 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-async def link(database: PostgresSettings) -> AsyncIterator[Link]:
-    link = Link(database)
-    await link.mend()
-    yield link
-    await link.cut()
-
-
-@pytest.fixture
 async def pool(link: Link, clock: Clock) -> AsyncIterator[LazyPool]:
     pool = build_pool(link.settings, clock=clock)
     yield pool

@@ -10,7 +10,6 @@ import pytest
 
 from serve_app.errors import StoreUnavailable
 from serve_app.lazy_pool import LazyPool, build_pool
-from serve_app.settings import PostgresSettings
 from tests.integration.links import Link
 
 _NAME = "tests-lazy-pool"
@@ -20,14 +19,6 @@ _ASLEEP = """
     where application_name = $1 and state = 'active' and query like '%pg_sleep%'
 """
 _TIMEOUT_S = 30.0
-
-
-@pytest.fixture
-async def link(database: PostgresSettings) -> AsyncIterator[Link]:
-    link = Link(database)
-    await link.mend()
-    yield link
-    await link.cut()
 
 
 @pytest.fixture
