@@ -265,6 +265,14 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Return whether it runs no more, waited for by its parent or not."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def free_ports(count: int) -> list[int]:
     """Return ports that are free now.
 

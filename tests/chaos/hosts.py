@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.stack_runner import wait_until
+from tests.stack_runner import has_ended, wait_until
 
 DOOR = "10.77.0.1"
 """Address of the bridge: of the tests, and of what is on no host."""
@@ -149,7 +149,7 @@ class Host:
         self._process.wait()
         if first is not None:
             # The kernel ends all others before the first one, whose parent may not look.
-            wait_until(lambda: _ended(first), f"{self.name} is off", _GONE_S)
+            wait_until(lambda: has_ended(first), f"{self.name} is off", _GONE_S)
         self._process = None
 
     def stop(self, timeout_s: float = 120) -> None:
@@ -193,13 +193,6 @@ _LOOPBACK = (
     "00000000000000000000000001000000",
     "0000000000000000FFFF00000100007F",
 )
-
-
-def _ended(process: psutil.Process) -> bool:
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def _ip(*words: str) -> None:

@@ -18,10 +18,12 @@ from serve_app.database import connect, migrate
 from serve_app.settings import PostgresSettings
 from serve_app.stack.postgres import EmbeddedPostgres
 from tests.integration.links import Link
+from tests.stack_runner import descendants, has_ended, wait_until
 
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
 _TEMPLATE = "template_comp_ai"
 _READY_TIMEOUT_S = 60.0
+_GONE_TIMEOUT_S = 30.0
 _numbers = itertools.count(1)
 
 
@@ -47,10 +49,16 @@ class PostgresServer:
         asyncio.run(self.embedded.wait_ready(_READY_TIMEOUT_S))
 
     def kill(self) -> None:
-        """End the postmaster with SIGKILL, as the kernel does when memory is short."""
+        """End the postmaster with SIGKILL, as the kernel does when memory is short.
+
+        Returns once its sessions are gone too. Each ends when it next waits for its client, so
+        one that was not given the CPU since its last answer would answer once more.
+        """
         assert self._process is not None
+        sessions = descendants(self._process.pid)
         self._process.kill()
         self._process.wait()
+        wait_until(lambda: all(map(has_ended, sessions)), "every session ended", _GONE_TIMEOUT_S)
 
     def stop(self) -> None:
         """Stop the server, sessions or not."""
