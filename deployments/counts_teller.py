@@ -7,9 +7,11 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.seams.calls import CALL_FAILED
+from deployments.seams.calls import CallFailed, called
 from serve_app.accounts.drift import EngineReading
 from serve_app.background import stop_tasks
 from serve_app.engine_counters import EngineCounters
@@ -22,6 +24,7 @@ _TIMEOUT_S = 5.0
 # The replica is waited for.
 _LAST_TIMEOUT_S = 2.0
 _REQUEST_LOG = "RequestLog"
+_NOT_TOLD = (CallFailed, RayError, RayServeException)
 
 
 class CountsTeller:
@@ -66,10 +69,11 @@ class CountsTeller:
                     counters=counters,
                 )
                 if self._handle is not None:
-                    await self._handle.engine_counted.remote(reading)
-        except (*CALL_FAILED, TimeoutError, ValueError) as error:
+                    await called(self._handle.engine_counted.remote, reading)
+        except (*_NOT_TOLD, TimeoutError, ValueError) as error:
             self._handle = None
-            logger.info("engine counts were not told: %s", type(error).__name__)
+            cause = error.__cause__ or error
+            logger.info("engine counts were not told: %s", type(cause).__name__)
 
 
 def _request_log() -> DeploymentHandle | None:

@@ -152,8 +152,14 @@ class Gateway:
         return create_app(self._configured, self._checks)
 
     async def check_health(self) -> None:
-        """Fail while there is no policy, so that the deployment says so."""
+        """Fail while there is no policy, so that the deployment says so.
+
+        Raise CallsBroken where the limits or the request log are told of nothing more: Serve
+        then replaces us.
+        """
         self._configured()
+        self._limits.check()
+        self._log.check()
 
     async def __del__(self) -> None:
         """Finish what is under way, then close; Serve calls this after it has drained."""

@@ -5,24 +5,44 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import grpc
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from serve_app.backoff import Backoff
-from serve_app.errors import HandedOver, RequestError
+from serve_app.errors import CompAIError, HandedOver, RequestError
+from serve_app.log_setup import log_failure
 
 logger = logging.getLogger(__name__)
 
 _RETRY_FIRST_S = 0.05
 _RETRY_MOST_S = 1.0
 
+_REPLICA_LOST = (RayError, RayServeException)
+
 Answer = TypeVar("Answer")
 
-# However a call through Serve can fail, errors of the code over there included.
-CALL_FAILED = (RayError, RayServeException, grpc.RpcError)
+
+class CallFailed(CompAIError):
+    """A call through Serve failed, on its way or over there."""
+
+
+class CallsBroken(CompAIError):
+    """What this replica is to tell others regularly is told no more."""
+
+
+async def called(call: Callable[..., Awaitable[Answer]], *args: object) -> Answer:
+    """Return what a call through Serve returns, where it is all the same how it fails.
+
+    Raises:
+        CallFailed: for anything. Over gRPC Serve raises here what was raised over there, as it
+            was, so there is no class that all of it belongs to.
+    """
+    try:
+        return await call(*args)
+    except Exception as error:
+        raise CallFailed(f"A call failed of {type(error).__name__}.") from error
 
 
 async def until_answered(
@@ -51,23 +71,21 @@ async def until_answered(
         except RequestError as error:
             # Ray raises a copy that is also its own error; the cause is the one we raised.
             raise (error.cause if isinstance(error, RayTaskError) else error) from None
-        except RayTaskError as error:
-            logger.error("call failed: %s", type(error.cause).__name__)
-            raise unavailable() from None
-        except grpc.RpcError as error:
-            # Ray makes errors of its own of those that another try can help.
-            logger.error("call failed: %s", type(error).__name__)
-            raise unavailable() from None
-        except (RayError, RayServeException) as error:
+        except Exception as error:  # noqa: BLE001  whatever the code over there raises
+            # Ray makes errors of its own of those that another try can help. All others are of
+            # the code over there: as they were raised, or, without gRPC, Ray's copy of them.
+            if isinstance(error, RayTaskError) or not isinstance(error, _REPLICA_LOST):
+                log_failure(logger, "call", error)
+                raise unavailable() from None
             logger.warning("replica lost, trying again: %s", type(error).__name__)
         await asyncio.sleep(backoff.next_s())
 
 
-async def answers(call: Any, timeout_s: float) -> bool:
-    """Tell whether `call` ends well in time."""
+async def answers(call: Callable[..., Awaitable[object]], *args: object, timeout_s: float) -> bool:
+    """Tell whether a call through Serve ends well in time."""
     try:
         async with asyncio.timeout(timeout_s):
-            await call
-    except (*CALL_FAILED, TimeoutError):
+            await called(call, *args)
+    except (CallFailed, TimeoutError):
         return False
     return True

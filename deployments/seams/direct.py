@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.seams.calls import CALL_FAILED
+from deployments.seams.calls import CallFailed, called
 from serve_app.direct import DirectLine, Door, LineLost
 
 
@@ -13,8 +13,8 @@ def line_to(handle: DeploymentHandle) -> DirectLine:
 
     async def find() -> Door:
         try:
-            door: Door = await handle.door.remote()
-        except CALL_FAILED as error:
+            door: Door = await called(handle.door.remote)
+        except CallFailed as error:
             raise LineLost("Ray did not say where.") from error
         return door
 

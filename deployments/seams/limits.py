@@ -11,9 +11,9 @@ from typing import TypeVar
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.seams.calls import CALL_FAILED, answers, until_answered
+from deployments.seams.calls import CallFailed, CallsBroken, answers, called, until_answered
 from deployments.seams.direct import line_to
-from serve_app.background import stop_tasks
+from serve_app.background import check_goes_on, stop_tasks
 from serve_app.contracts import (
     Allowance,
     LimitState,
@@ -67,6 +67,11 @@ class RayLimitKeeper:
         await stop_tasks(self._renewing)
         await self._line.close()
 
+    def check(self) -> None:
+        """Raise CallsBroken where the Limits deployment is told nothing more."""
+        if self._renewing is not None:
+            check_goes_on(self._renewing, "The limits are told of nothing more", CallsBroken)
+
     async def reserve(self, reservation: Reservation) -> Allowance:
         """See `LimitKeeper.reserve`."""
         allowance = await self._reserving.ask(reservation)
@@ -102,7 +107,9 @@ class RayLimitKeeper:
     async def _settle_all(self, settlements: Sequence[Settlement]) -> list[bool]:
         with suppress(LineLost):
             return [await self._line.call(SETTLE_ALL, list(settlements))] * len(settlements)
-        settled = await answers(self._handle.settle_all.remote(settlements), _SETTLE_TIMEOUT_S)
+        settled = await answers(
+            self._handle.settle_all.remote, settlements, timeout_s=_SETTLE_TIMEOUT_S
+        )
         return [settled] * len(settlements)
 
     async def standing(self, scopes: Sequence[Scope]) -> list[LimitState]:
@@ -128,18 +135,18 @@ class RayLimitKeeper:
             try:
                 async with asyncio.timeout(_RENEW_EVERY_S):
                     await self._tell()
-            except (*CALL_FAILED, TimeoutError):
+            except (CallFailed, TimeoutError):
                 logger.warning("limits did not answer")
             await asyncio.sleep(_RENEW_EVERY_S)
 
     async def _tell(self) -> None:
         if again := list(self._settling.values())[:_MOST_SETTLED_AT_ONCE]:
-            await self._handle.settle_all.remote(again)
+            await called(self._handle.settle_all.remote, again)
             for settlement in again:
                 self._settling.pop(settlement.id, None)
-        unknown = await self._handle.renew.remote(list(self._held))
+        unknown = await called(self._handle.renew.remote, list(self._held))
         if told := [self._held[one] for one in unknown if one in self._held]:
-            await self._handle.adopt.remote(told)
+            await called(self._handle.adopt.remote, told)
 
 
 async def _in_time(call: Callable[[], Awaitable[Answer]]) -> Answer:

@@ -10,10 +10,10 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.seams.calls import CALL_FAILED, until_answered
+from deployments.seams.calls import CallFailed, CallsBroken, called, until_answered
 from deployments.seams.direct import line_to
 from serve_app.accounts.procedures import APPEND_ALL
-from serve_app.background import stop_tasks
+from serve_app.background import check_goes_on, stop_tasks
 from serve_app.direct import LineLost
 from serve_app.errors import LogUnavailable
 from serve_app.grouped_calls import GroupedCalls
@@ -50,6 +50,11 @@ class RayRecordSink:
         """Stop watching."""
         await stop_tasks(self._watching)
         await self._line.close()
+
+    def check(self) -> None:
+        """Raise CallsBroken where the replicas are watched no more."""
+        if self._watching is not None:
+            check_goes_on(self._watching, "The request log is watched no more", CallsBroken)
 
     @property
     def full(self) -> bool:
@@ -117,10 +122,14 @@ class RayRecordSink:
 
     async def _everywhere(self, method: str, *args: Any) -> list[Any]:
         """Call `method` at all replicas; return what each returned or raised."""
-        try:
+
+        async def everywhere() -> list[Any]:
             results: list[Any] = await self._handle.broadcast(method, *args).results_async(
                 timeout_s=_ALL_TIMEOUT_S, return_exceptions=True
             )
-        except (*CALL_FAILED, TimeoutError):
+            return results
+
+        try:
+            return await called(everywhere)
+        except CallFailed:
             return []
-        return results

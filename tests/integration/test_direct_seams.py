@@ -8,14 +8,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, cast
 
 import pytest
-from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.seams import RayLimitKeeper, RayRecordSink
 from serve_app.accounts.procedures import log_handlers
 from serve_app.contracts import Allowance, Reservation, Scope, Settlement, Spent
 from serve_app.direct import DirectServer, Door, Handler
-from serve_app.errors import LimitsUnavailable
+from serve_app.errors import HandedOver, LimitsUnavailable
 from serve_app.limits.book import LimitBook
 from serve_app.limits.procedures import limit_handlers
 from serve_app.records import Outcome, RequestRecord, new_id, utc_now
@@ -55,7 +54,7 @@ class Replica:
 
     async def _tell_door(self) -> Door:
         if self._door is None:
-            raise RayActorError
+            raise HandedOver  # as `Direct.door` does, and Serve brings it over gRPC
         return self._door
 
     @property

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
+from deployments.seams.calls import CallsBroken
 from deployments.seams.limits import RayLimitKeeper
 from serve_app.contracts import Allowance, LimitState, Reservation, Scope, Settlement, Spent
+from serve_app.direct import Door
 from serve_app.errors import HandedOver, LimitsUnavailable
 from serve_app.limits.book import LimitBook
 
@@ -34,8 +36,9 @@ class Handle:
     def __init__(self) -> None:
         self.book = LimitBook(lambda: 1000.0, lambda: 1000.0)
         self.away = False
-        # So many calls more come to a replica that has handed over.
+        # So many calls more come to a replica that has handed over, and get this.
         self.too_late = 0
+        self.error: Exception = HandedOver()
         # Reservations of so many tokens cannot be judged.
         self.unknown: set[int] = set()
         self.calls: list[int] = []
@@ -46,13 +49,14 @@ class Handle:
         self.renew = Method(self._renew)
         self.adopt = Method(self._adopt)
         self.standing = Method(self._standing)
+        self.door = Method(self._door)
 
     def _here(self) -> LimitBook:
         if self.away:
             raise RayActorError
         if self.too_late:
             self.too_late -= 1
-            raise RayTaskError("reserve_all", "traceback", HandedOver()).as_instanceof_cause()
+            raise self.error
         return self.book
 
     async def _reserve_all(
@@ -80,6 +84,9 @@ class Handle:
 
     async def _standing(self, scopes: Sequence[Scope]) -> list[LimitState]:
         return self._here().standing(scopes)
+
+    async def _door(self) -> Door:
+        raise HandedOver
 
     def left(self) -> list[int]:
         return [state.window.remaining for state in self.book.standing([SCOPE])]
@@ -147,9 +154,14 @@ async def test_replica_that_stays_away_is_unavailable(
         await keeper.reserve(reservation())
 
 
+# What was raised over there comes as it was over gRPC, and else as Ray's copy.
+@pytest.mark.parametrize("copied", [False, True])
 async def test_replica_that_has_handed_over_is_not_the_last_word(
-    handle: Handle, keeper: RayLimitKeeper
+    copied: bool, handle: Handle, keeper: RayLimitKeeper
 ) -> None:
+    if copied:
+        copy = RayTaskError("reserve_all", "traceback", HandedOver())
+        handle.error = copy.as_instanceof_cause()
     one = reservation()
     handle.too_late = 2
     assert (await keeper.reserve(one)).refusal is None
@@ -162,6 +174,35 @@ async def test_replica_that_has_handed_over_is_not_the_last_word(
     assert handle.left() == [1, 70]
     await keeper._tell()
     assert handle.left() == [2, 90]
+
+
+@pytest.mark.parametrize(
+    "error", [HandedOver(), LimitsUnavailable(), ValueError(), RayActorError(), TimeoutError()]
+)
+async def test_telling_goes_on_whatever_comes_back(
+    error: Exception, handle: Handle, keeper: RayLimitKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.seams.limits._RENEW_EVERY_S", 0.01)
+    one = reservation()
+    await keeper.reserve(one)
+    handle.error, handle.too_late = error, 3
+    keeper.start()
+    await keeper.settle(one, Spent(tokens=10))
+    async with asyncio.timeout(10):
+        while handle.left() != [2, 90]:  # noqa: ASYNC110  told by a task that says nothing
+            await asyncio.sleep(0.01)
+    assert handle.too_late == 0
+    keeper.check()
+    await keeper.close()
+
+
+async def test_keeper_that_tells_nothing_more_is_broken(keeper: RayLimitKeeper) -> None:
+    keeper.check()
+    keeper.start()
+    keeper.check()
+    await keeper.close()
+    with pytest.raises(CallsBroken, match="told of nothing more"):
+        keeper.check()
 
 
 async def test_works_only_where_it_answers(
