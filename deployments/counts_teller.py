@@ -7,8 +7,6 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.seams.calls import CallFailed, called
@@ -24,7 +22,6 @@ _TIMEOUT_S = 5.0
 # The replica is waited for.
 _LAST_TIMEOUT_S = 2.0
 _REQUEST_LOG = "RequestLog"
-_NOT_TOLD = (CallFailed, RayError, RayServeException)
 
 
 class CountsTeller:
@@ -59,7 +56,7 @@ class CountsTeller:
         try:
             async with asyncio.timeout(timeout_s):
                 if self._handle is None:
-                    self._handle = await asyncio.to_thread(_request_log)
+                    self._handle = await called(asyncio.to_thread, _request_log)
                 # Read first, then dated: what it counts had happened by then.
                 counters = await self._counters()
                 reading = EngineReading(
@@ -70,7 +67,7 @@ class CountsTeller:
                 )
                 if self._handle is not None:
                     await called(self._handle.engine_counted.remote, reading)
-        except (*_NOT_TOLD, TimeoutError, ValueError) as error:
+        except (CallFailed, TimeoutError, ValueError) as error:
             self._handle = None
             cause = error.__cause__ or error
             logger.info("engine counts were not told: %s", type(cause).__name__)

@@ -154,8 +154,8 @@ class Gateway:
     async def check_health(self) -> None:
         """Fail while there is no policy, so that the deployment says so.
 
-        Raise CallsBroken where the limits or the request log are told of nothing more: Serve
-        then replaces us.
+        Raise CallsBroken where the limits are told of nothing more, or the request log is watched
+        no more: Serve then replaces us.
         """
         self._configured()
         self._limits.check()

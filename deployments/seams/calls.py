@@ -29,7 +29,7 @@ class CallFailed(CompAIError):
 
 
 class CallsBroken(CompAIError):
-    """What this replica is to tell others regularly is told no more."""
+    """What this replica regularly tells or asks others is told or asked no more."""
 
 
 async def called(call: Callable[..., Awaitable[Answer]], *args: object) -> Answer:

@@ -95,6 +95,7 @@ async def _load_beside_a_refusing_spool(stack: RunningStack) -> Storm:
     await load.completed(50)
     load.stop()
     await running
+    assert _refusals(stack) > before
     return Storm(seen=load.seen)
 
 
