@@ -97,7 +97,8 @@ class Gateway:
         self._log = RayRecordSink(request_log)
         self._log.start()
         metrics = RayGatewayMetrics()
-        self._models = QueuedPool(RayModelPool(), metrics)
+        session = new_session()
+        self._models = QueuedPool(RayModelPool(session), metrics)
         self._models.start()
         self._masters = MasterKeys.of(settings.sealing)
         self._spans = replica_sink(settings.tracing, "gateway")
@@ -108,7 +109,7 @@ class Gateway:
             log=self._log,
             metrics=metrics,
             lines=RequestLines(sys.stdout),
-            session=new_session(),
+            session=session,
             database=build_pool(
                 settings.postgres,
                 application_name="comp-ai-gateway",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 
 from ray import serve
@@ -62,7 +61,9 @@ class Leasing:
         return self._load.read(await self.engine_counters())
 
     async def lease(self, _hint: LeaseHint) -> AsyncIterator[LeaseGrant]:
-        """Yield a grant once, then hold it until Ray cancels this call.
+        """Yield a grant once, then hold it until its door is told of its end.
+
+        Or until Ray cancels this call, for a gateway that is gone, or does not reach the door.
 
         Raises:
             ModelNotReady: see `check_admission`.
@@ -76,7 +77,7 @@ class Leasing:
                 replica_id=replica_id(),
                 may_keep=kept,
             )
-            await asyncio.Event().wait()
+            await slot.stopped.wait()
 
     def check_admission(self) -> None:
         """Raise ModelNotReady if no lease is to be had here."""

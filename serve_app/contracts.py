@@ -310,3 +310,7 @@ class ModelPool(Protocol):
     async def state(self, model: ModelEntry) -> ModelState:
         """Tell how `model` is, as of a second ago at most."""
         ...
+
+    async def close(self) -> None:
+        """Wait until the replicas know which leases were closed."""
+        ...

@@ -26,6 +26,7 @@ from serve_app.scaling.readings import FirstTokens
 LEASE_HEADER = "x-comp-ai-lease"
 REQUEST_ID_HEADER = "x-request-id"
 ABORT_PATH = "/lease/abort"
+END_PATH = "/lease/end"
 
 _TOKEN_BYTES = 32
 _GRACE_S = 0.25
@@ -78,6 +79,7 @@ class Slot:
     runs: list[Run] = field(default_factory=list)
     used: bool = False
     spent: bool = False
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def free(self) -> bool:
@@ -110,8 +112,9 @@ class Slot:
         return None
 
     def stop(self) -> None:
-        """End what runs under this lease."""
+        """End what runs under this lease, and let nobody else in."""
         self.spent = True
+        self.stopped.set()
         for run in self.runs:
             run.stop()
 
@@ -161,6 +164,8 @@ class LeaseDoor:
     good order, so that its stream still closes with the usage of what was generated. Its
     X-Request-ID says which one: late, it must not end the next. A gateway of the release
     before says none, and has none but one.
+
+    `POST /lease/end` stops the lease as its end would: who holds it open sees `Slot.stopped`.
     """
 
     def __init__(
@@ -182,6 +187,9 @@ class LeaseDoor:
         elif scope["path"] == ABORT_PATH:
             await self._end_early(slot, _request_id(headers))
             await _refuse(send, 202, "aborting")
+        elif scope["path"] == END_PATH:
+            slot.stop()
+            await _refuse(send, 202, "ending")
         elif not slot.free:
             await _refuse(send, 409, "this lease is in use, or was used")
         else:

@@ -98,8 +98,8 @@ class LeasedEach(_Carrier):
     title = "a lease a request"
 
     async def __init__(self) -> None:  # type: ignore[misc]
-        self._pool = RayModelPool()
         self._session = new_session()
+        self._pool = RayModelPool(self._session)
         self._model = ModelEntry(name=FAKE_MODEL, app=FAKE_MODEL)
 
     async def _carried(self, payload: bytes) -> AsyncIterator[bytes]:

@@ -11,7 +11,7 @@ from serve_app.completions.body import Ask
 from serve_app.completions.engine_errors import refusal_of
 from serve_app.contracts import LeaseGrant
 from serve_app.errors import EngineFailed
-from serve_app.replica import ABORT_PATH, LEASE_HEADER, REQUEST_ID_HEADER
+from serve_app.replica import ABORT_PATH, END_PATH, LEASE_HEADER, REQUEST_ID_HEADER
 from serve_app.tracing.context import HEADER as TRACEPARENT
 from serve_app.tracing.context import SpanContext
 
@@ -22,6 +22,8 @@ STATEMENT_TIMEOUT_S = 0.75
 # may take a while; what is not told is missing in the accounts.
 _AGREED_TIMEOUT_S = 3.0
 _ABORT_EVERY_S = 0.2
+# A replica whose loop stands still for longer is told by the end of Ray's call.
+_END_TIMEOUT_S = 1.0
 # Answers of the lease door to a request that it does not let in.
 _AT_THE_DOOR = frozenset({403, 409})
 
@@ -34,6 +36,33 @@ def new_session() -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
         auto_decompress=False,
     )
+
+
+async def end_lease(session: aiohttp.ClientSession, grant: LeaseGrant) -> bool:
+    """Tell the replica that a lease is over; return whether it says that it has ended it.
+
+    A replica of the release before takes it for a request, and says no.
+    """
+    return await _agreed(session, grant, END_PATH, {}, _END_TIMEOUT_S)
+
+
+async def _agreed(
+    session: aiohttp.ClientSession,
+    grant: LeaseGrant,
+    path: str,
+    headers: dict[str, str],
+    timeout_s: float,
+) -> bool:
+    """Return whether the lease's door agrees to what `path` asks it for, in time."""
+    try:
+        async with session.post(
+            f"http://{grant.address}{path}",
+            headers={LEASE_HEADER: grant.token, **headers},
+            timeout=aiohttp.ClientTimeout(total=timeout_s),
+        ) as response:
+            return response.status == 202
+    except (aiohttp.ClientError, TimeoutError):
+        return False
 
 
 class Upstream:
@@ -113,18 +142,8 @@ class Upstream:
             await asyncio.wait([ended], timeout=_ABORT_EVERY_S)
 
     async def _abort(self, timeout_s: float) -> bool:
-        try:
-            async with self._session.post(
-                f"http://{self._grant.address}{ABORT_PATH}",
-                headers={
-                    LEASE_HEADER: self._grant.token,
-                    REQUEST_ID_HEADER: self._request_id,
-                },
-                timeout=aiohttp.ClientTimeout(total=timeout_s),
-            ) as response:
-                return response.status == 202
-        except (aiohttp.ClientError, TimeoutError):
-            return False
+        request = {REQUEST_ID_HEADER: self._request_id}
+        return await _agreed(self._session, self._grant, ABORT_PATH, request, timeout_s)
 
     @property
     def answering(self) -> bool:

@@ -40,6 +40,7 @@ class QueuedPool:
         for line in self._lines.values():
             line.close()
         await stop_tasks(self._reporting)
+        await self._pool.close()
 
     async def open(self, ticket: Ticket) -> HeldLease:
         """Wait for a slot at a replica. If cancelled at any moment, nothing stays held.

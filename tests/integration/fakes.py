@@ -221,11 +221,14 @@ class FakePool:
     async def _hold(self, replica: FakeReplica, granted: asyncio.Future[Slot]) -> None:
         async with replica.leases.lease(kept=self.may_keep > 0) as slot:
             granted.set_result(slot)
-            await asyncio.Event().wait()
+            await slot.stopped.wait()
 
     async def state(self, model: ModelEntry) -> ModelState:
         """See `ModelPool.state`."""
         return self.state_now if self.error is None else ModelState.FAILED
+
+    async def close(self) -> None:
+        """See `ModelPool.close`."""
 
 
 class BookKeeper:

@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentResponseGenerator
 from deployments.seams import models
 from deployments.seams.models import RayModelPool
 from serve_app.config import ModelEntry, Standing
-from serve_app.contracts import LeaseGrant, LeaseHint
+from serve_app.contracts import Lease, LeaseGrant, LeaseHint
 
 GRANT = LeaseGrant(address="127.0.0.1:1", token="t", replica_id="r")
 MODEL = ModelEntry(name="small", app="small")
@@ -28,14 +28,41 @@ class Slot:
 
     def __init__(self) -> None:
         self.granted = asyncio.Event()
+        # The replica was told that the lease is over, and ends the call.
+        self.told = asyncio.Event()
         self.ended = asyncio.Event()
+        # Whether it was cancelled while the replica still held it.
+        self.cut = False
+        self._grants = iter([GRANT])
+        self._over = False
 
     async def __anext__(self) -> LeaseGrant:
         await self.granted.wait()
-        return GRANT
+        for grant in self._grants:
+            return grant
+        await self.told.wait()
+        self._over = True
+        raise StopAsyncIteration
 
     def cancel(self) -> None:
+        self.cut = self.cut or not self._over
         self.ended.set()
+
+
+class Doors:
+    """The doors of the replicas: told of an end, they end what `slot` is."""
+
+    def __init__(self) -> None:
+        self.slot: Slot | None = None
+        self.agree = True
+        self.told: list[LeaseGrant] = []
+
+    async def end_lease(self, session: Any, grant: LeaseGrant) -> bool:
+        self.told.append(grant)
+        await asyncio.sleep(0)
+        if self.agree and self.slot is not None:
+            self.slot.told.set()
+        return self.agree
 
 
 class Application:
@@ -78,6 +105,19 @@ def application(monkeypatch: pytest.MonkeyPatch) -> Application:
     return application
 
 
+@pytest.fixture
+def doors(monkeypatch: pytest.MonkeyPatch) -> Doors:
+    doors = Doors()
+    monkeypatch.setattr(models, "end_lease", doors.end_lease)
+    return doors
+
+
+@pytest.fixture
+def pool(application: Application, doors: Doors) -> RayModelPool:
+    session: Any = None
+    return RayModelPool(session)
+
+
 def given_out() -> Slot:
     slot = Slot()
     slot.granted.set()
@@ -89,21 +129,60 @@ async def ended(slot: Slot) -> None:
         await slot.ended.wait()
 
 
-async def test_lease_is_held_until_it_is_closed(application: Application) -> None:
-    opening = asyncio.create_task(RayModelPool().open(MODEL, HINT))
-    slot = given_out()
+async def opened(pool: RayModelPool, application: Application, slot: Slot) -> Lease:
+    opening = asyncio.create_task(pool.open(MODEL, HINT))
     (await application.asked()).set_result(slot)
-    lease = await opening
+    return await opening
+
+
+async def test_lease_is_held_until_the_replica_is_told_of_its_end(
+    application: Application, pool: RayModelPool, doors: Doors
+) -> None:
+    doors.slot = slot = given_out()
+    lease = await opened(pool, application, slot)
     assert lease.grant is GRANT
     assert not slot.ended.is_set()
     lease.close()
+    await ended(slot)
+    assert doors.told == [GRANT]
+    assert not slot.cut
+
+
+async def test_call_at_a_replica_that_does_not_listen_is_cancelled(
+    application: Application, pool: RayModelPool, doors: Doors
+) -> None:
+    slot = given_out()
+    doors.agree = False
+    (await opened(pool, application, slot)).close()
+    await ended(slot)
+    assert slot.cut
+
+
+async def test_call_that_a_replica_does_not_end_is_cancelled(
+    application: Application, pool: RayModelPool, doors: Doors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_ENDED_WITHIN_S", 0.01)
+    slot = given_out()
+    (await opened(pool, application, slot)).close()
+    await ended(slot)
+    assert doors.told == [GRANT]
+    assert slot.cut
+
+
+async def test_pool_is_closed_once_the_replicas_know(
+    application: Application, pool: RayModelPool, doors: Doors
+) -> None:
+    doors.slot = slot = given_out()
+    (await opened(pool, application, slot)).close()
+    assert not slot.ended.is_set()
+    await pool.close()
     assert slot.ended.is_set()
 
 
 async def test_who_gives_up_before_a_replica_has_room_takes_the_call_back(
-    application: Application,
+    application: Application, pool: RayModelPool
 ) -> None:
-    opening = asyncio.create_task(RayModelPool().open(MODEL, HINT))
+    opening = asyncio.create_task(pool.open(MODEL, HINT))
     taken = await application.asked()
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -113,20 +192,23 @@ async def test_who_gives_up_before_a_replica_has_room_takes_the_call_back(
 
 
 async def test_slot_that_is_granted_as_its_waiter_gives_up_is_given_back(
-    application: Application,
+    application: Application, pool: RayModelPool, doors: Doors
 ) -> None:
-    opening = asyncio.create_task(RayModelPool().open(MODEL, HINT))
+    opening = asyncio.create_task(pool.open(MODEL, HINT))
     taken = await application.asked()
-    slot = given_out()
+    doors.slot = slot = given_out()
     taken.set_result(slot)
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening
     await ended(slot)
+    assert not slot.cut
 
 
-async def test_slot_whose_grant_is_on_the_way_is_given_back(application: Application) -> None:
-    opening = asyncio.create_task(RayModelPool().open(MODEL, HINT))
+async def test_slot_whose_grant_is_on_the_way_is_given_back(
+    application: Application, pool: RayModelPool
+) -> None:
+    opening = asyncio.create_task(pool.open(MODEL, HINT))
     slot = Slot()
     (await application.asked()).set_result(slot)
     for _ in range(5):
@@ -140,9 +222,8 @@ async def test_slot_whose_grant_is_on_the_way_is_given_back(application: Applica
 
 @pytest.mark.parametrize("granted", [False, True])
 async def test_call_at_what_is_no_longer_deployed_begins_again(
-    application: Application, granted: bool
+    application: Application, pool: RayModelPool, granted: bool
 ) -> None:
-    pool = RayModelPool()
     opening = asyncio.create_task(pool.open(MODEL, HINT))
     taken = await application.asked()
     old = given_out()
@@ -157,4 +238,4 @@ async def test_call_at_what_is_no_longer_deployed_begins_again(
         await ended(old)
     assert not new.ended.is_set()
     lease.close()
-    assert new.ended.is_set()
+    await ended(new)

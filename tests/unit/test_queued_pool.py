@@ -71,6 +71,9 @@ class ScriptedPool:
         """See `ModelPool.state`."""
         return self.state_now
 
+    async def close(self) -> None:
+        """See `ModelPool.close`."""
+
     def grant(self, may_keep: int = 0) -> int:
         """Grant the oldest call; return the number of the lease."""
         self.granted += 1

@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve_app.replica import (
     ABORT_PATH,
+    END_PATH,
     LEASE_HEADER,
     REQUEST_ID_HEADER,
     LeaseBook,
@@ -86,7 +87,7 @@ async def door() -> Door:
 
 
 @pytest.mark.parametrize("token", [None, "", "guessed", "\xff"])
-@pytest.mark.parametrize("path", [PATH, ABORT_PATH, "/metrics"])
+@pytest.mark.parametrize("path", [PATH, ABORT_PATH, END_PATH, "/metrics"])
 async def test_without_a_live_lease_nobody_gets_in(
     door: Door, token: str | None, path: str
 ) -> None:
@@ -127,6 +128,24 @@ async def test_leases_have_tokens_of_their_own(door: Door) -> None:
         assert one.token != two.token
         assert min(len(one.token), len(two.token)) >= 32
         assert door.book.find(one.token) is one
+
+
+async def test_lease_is_ended_at_its_door(door: Door) -> None:
+    async with door.book.lease(kept=True) as slot:
+        assert (await door.knock(slot.token, END_PATH))[0] == 202
+        assert slot.stopped.is_set()
+        assert (await door.knock(slot.token))[0] == 409
+    assert not door.app.entered.is_set()
+
+
+async def test_what_runs_under_a_lease_ends_with_it_at_its_door(door: Door) -> None:
+    async with door.book.lease() as slot:
+        serving = asyncio.create_task(door.knock(slot.token))
+        await door.app.entered.wait()
+        assert (await door.knock(slot.token, END_PATH))[0] == 202
+        async with asyncio.timeout(10):
+            await serving
+    assert door.app.ended == ["cancelled"]
 
 
 async def test_abort_names_what_runs_under_the_lease(door: Door) -> None:
