@@ -26,6 +26,8 @@ from serve_app.errors import ModelNotReady, ModelOverloaded
 
 # Between a replica that has ended a lease and the end of its call lies nothing but Serve.
 _ENDED_WITHIN_S = 1.0
+# Where a replica has room, a slot is granted in milliseconds.
+_GRANTED_WITHIN_S = 0.1
 
 
 class _Endings:
@@ -45,9 +47,11 @@ class _Endings:
         """End what was granted on `call`. Never waits."""
         self._spawn(self._end(grant, call))
 
-    def take_back(self, call: DeploymentResponseGenerator) -> None:
-        """End `call`, of which nobody knows whether it was granted anything. Never waits."""
-        self._spawn(self._take_back(call))
+    def take_back(
+        self, call: DeploymentResponseGenerator, granted: asyncio.Task[LeaseGrant]
+    ) -> None:
+        """End `call`, which `granted` waits on for nobody any more. Never waits."""
+        self._spawn(self._take_back(call, granted))
 
     async def close(self) -> None:
         """Wait until all have ended: each within seconds."""
@@ -67,23 +71,35 @@ class _Endings:
             # Of a call that has ended it changes nothing.
             call.cancel()
 
-    async def _take_back(self, call: DeploymentResponseGenerator) -> None:
-        """Take `call` back, and what it was granted, after who waited for it was cancelled.
+    async def _take_back(
+        self, call: DeploymentResponseGenerator, granted: asyncio.Task[LeaseGrant]
+    ) -> None:
+        """Take `call` back, and what it is granted.
 
-        A call that was answered in that very moment has not taken the answer yet. Its `cancel`
-        would do nothing then, once and for all, and the replica hold the slot for ever (read in
-        Ray 2.60, with the router in the caller's loop). So another waits for it first. The first
-        to do so may end the same way, but then the answer is there, and the second takes it
-        without a wait.
+        Most that are wanted no more are just being answered, and so end in good order.
+
+        A call that was answered in the moment in which `granted` is cancelled has not taken the
+        answer yet. Its `cancel` would do nothing then, once and for all, and the replica hold the
+        slot for ever (read in Ray 2.60, with the router in the caller's loop). So another waits
+        for it first. The first to do so may end the same way, but then the answer is there, and
+        the second takes it without a wait.
         """
+        await asyncio.wait([granted], timeout=_GRANTED_WITHIN_S)
+        await stop_tasks(granted)
         for _ in range(2):
-            taken = asyncio.create_task(call.__anext__(), name="take-lease")
+            if _has_result(granted):
+                break
+            granted = asyncio.create_task(call.__anext__(), name="take-lease")
             await asyncio.sleep(0)  # until it waits: cancelled before, it would not touch the call
-            await stop_tasks(taken)
-            if not taken.cancelled() and taken.exception() is None:
-                await self._end(taken.result(), call)
-                return
-        call.cancel()
+            await stop_tasks(granted)
+        if _has_result(granted):
+            await self._end(granted.result(), call)
+        else:
+            call.cancel()
+
+
+def _has_result(task: asyncio.Task[Any]) -> bool:
+    return not task.cancelled() and task.exception() is None
 
 
 async def _rest_of(call: DeploymentResponseGenerator) -> None:
@@ -125,9 +141,9 @@ class _Handle:
         granted = asyncio.create_task(call.__anext__(), name="wait-for-slot")
         self.waiting.add(granted)
         try:
-            return RayLease(await granted, call, self.endings)
+            return RayLease(await asyncio.shield(granted), call, self.endings)
         except asyncio.CancelledError:
-            self.endings.take_back(call)
+            self.endings.take_back(call, granted)
             if (task := asyncio.current_task()) is not None and not task.cancelling():
                 # `forget` did it, not our caller.
                 raise RequestCancelledError(call.request_id) from None

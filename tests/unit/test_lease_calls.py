@@ -191,6 +191,13 @@ async def test_who_gives_up_before_a_replica_has_room_takes_the_call_back(
     assert taken.cancelled()
 
 
+@pytest.fixture(params=[0.0, 10.0])
+def granted_within_s(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long a call that nobody wants any more may still be granted: not at all, or long."""
+    monkeypatch.setattr(models, "_GRANTED_WITHIN_S", request.param)
+
+
+@pytest.mark.usefixtures("granted_within_s")
 async def test_slot_that_is_granted_as_its_waiter_gives_up_is_given_back(
     application: Application, pool: RayModelPool, doors: Doors
 ) -> None:
@@ -205,11 +212,12 @@ async def test_slot_that_is_granted_as_its_waiter_gives_up_is_given_back(
     assert not slot.cut
 
 
+@pytest.mark.usefixtures("granted_within_s")
 async def test_slot_whose_grant_is_on_the_way_is_given_back(
-    application: Application, pool: RayModelPool
+    application: Application, pool: RayModelPool, doors: Doors
 ) -> None:
     opening = asyncio.create_task(pool.open(MODEL, HINT))
-    slot = Slot()
+    doors.slot = slot = Slot()
     (await application.asked()).set_result(slot)
     for _ in range(5):
         await asyncio.sleep(0)
@@ -218,6 +226,23 @@ async def test_slot_whose_grant_is_on_the_way_is_given_back(
     with pytest.raises(asyncio.CancelledError):
         await opening
     await ended(slot)
+    assert not slot.cut
+
+
+async def test_call_that_is_granted_soon_after_its_waiter_gave_up_ends_in_good_order(
+    application: Application, pool: RayModelPool, doors: Doors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_GRANTED_WITHIN_S", 10.0)
+    opening = asyncio.create_task(pool.open(MODEL, HINT))
+    taken = await application.asked()
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    doors.slot = slot = given_out()
+    taken.set_result(slot)
+    await ended(slot)
+    assert doors.told == [GRANT]
+    assert not slot.cut
 
 
 @pytest.mark.parametrize("granted", [False, True])
