@@ -26,6 +26,7 @@ from serve_app.settings import PostgresSettings
 from serve_app.stored.sweeper import Sweeper
 from tests.integration.conftest import PostgresServer
 from tests.integration.fakes import AUTHORIZATION, FAST, KEY, World, principal, until, world
+from tests.integration.locks import lock_awaited
 
 PULSE = Pulse(look_s=0.05, claim_s=20.0, feed_s=0.02, drain_s=0.0)
 CHAT = "/v1/chat/completions"
@@ -758,17 +759,6 @@ class HeldEngine:
         await self._app(scope, receive, send)
 
 
-async def waiting(connection: asyncpg.Connection) -> list[str]:
-    """Return the names of those that wait for a lock now, one for each connection."""
-    # A transaction sees the activity as it was when it first looked.
-    await connection.execute("select pg_stat_clear_snapshot()")
-    rows = await connection.fetch(
-        "select application_name from pg_stat_activity "
-        "where wait_event_type = 'Lock' and datname = current_database()"
-    )
-    return [row["application_name"] for row in rows]
-
-
 async def test_lines_that_wait_for_postgres_leave_users_their_connections(
     database: PostgresSettings, connection: asyncpg.Connection
 ) -> None:
@@ -786,10 +776,7 @@ async def test_lines_that_wait_for_postgres_leave_users_their_connections(
                 await connection.execute("lock table comp_ai.batch_lines in exclusive mode")
                 held.answer.set()
                 # All have an answer: four wait for the lock, the others for their connections.
-                async with asyncio.timeout(_PATIENCE_S):
-                    while len(who := await waiting(connection)) < 4:  # noqa: ASYNC110
-                        await asyncio.sleep(0.01)
-                assert set(who) == {"tests-batches"}
+                assert set(await lock_awaited(database, sessions=4)) == {"tests-batches"}
                 assert (await ai.responses.retrieve(stored.id)).output_text == "w0 "
             done = await ended(ai, batch.id)
     assert done.request_counts is not None

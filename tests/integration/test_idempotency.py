@@ -29,6 +29,7 @@ from tests.integration.fakes import (
     until,
     world,
 )
+from tests.integration.locks import lock_awaited
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -92,19 +93,6 @@ async def released(connection: asyncpg.Connection) -> None:
     async with asyncio.timeout(20):
         while await connection.fetch(ALL_ROWS):  # noqa: ASYNC110 - PostgreSQL's state
             await asyncio.sleep(0.005)
-
-
-async def lock_awaited(database: PostgresSettings) -> None:
-    """Return once a statement waits for a lock."""
-    # A connection of its own: inside a transaction the view does not change.
-    watching = await connect(database, application_name="tests-watch")
-    waits = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'"
-    try:
-        async with asyncio.timeout(20):
-            while not await watching.fetchval(waits):  # noqa: ASYNC110 - PostgreSQL's state
-                await asyncio.sleep(0.005)
-    finally:
-        await watching.close()
 
 
 # A request that is finished.

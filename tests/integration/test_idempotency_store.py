@@ -22,6 +22,7 @@ from serve_app.sql import named_queries
 from serve_app.stored.idempotency import Claim, KeyUse, StoredAnswer
 from serve_app.stored.sweeper import Sweeper
 from tests.integration.conftest import PostgresServer
+from tests.integration.locks import lock_awaited
 from tests.sealing import VAULT
 
 ANSWER = StoredAnswer(status=200, media_type="application/json", body=b'{"yes": true}')
@@ -205,9 +206,7 @@ async def test_take_that_is_cancelled_leaves_nothing_after_release(
     )
     claim = Claim(pool, VAULT, LONG, use())
     taking = asyncio.create_task(claim.take())
-    await until_true(
-        connection, "select count(*) > 0 from pg_stat_activity where wait_event_type = 'Lock'"
-    )
+    await lock_awaited(database)
     taking.cancel()
     await asyncio.wait([taking])
     await block.rollback()

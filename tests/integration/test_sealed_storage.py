@@ -35,6 +35,7 @@ from serve_app.stored.vault import Vault
 from serve_app.subjects.erasing import Eraser
 from serve_app.subjects.exporting import export
 from tests.integration.fakes import principal
+from tests.integration.locks import lock_awaited
 from tests.integration.people import places_of
 from tests.sealing import MASTERS, VAULT, subject_keys
 
@@ -388,18 +389,6 @@ async def test_rows_of_before_an_erasure_open_to_nothing(
     assert await store.find("resp_2", ANN) == response("resp_2")
 
 
-async def somebody_waits(database: PostgresSettings) -> None:
-    """Return once a session of the database waits for a lock."""
-    watcher = await connect(database, application_name="tests-watcher")
-    async with asyncio.timeout(60):
-        while not await watcher.fetchval(  # noqa: ASYNC110 - PostgreSQL's state
-            "select count(*) from pg_stat_activity "
-            "where wait_event_type = 'Lock' and datname = current_database()"
-        ):
-            await asyncio.sleep(0.01)
-    await watcher.close()
-
-
 async def test_nothing_outlives_an_erasure_under_the_key_that_it_destroys(
     pool: LazyPool, database: PostgresSettings, connection: asyncpg.Connection
 ) -> None:
@@ -410,7 +399,7 @@ async def test_nothing_outlives_an_erasure_under_the_key_that_it_destroys(
     await holding.start()
     await VAULT.seal(holder, ANN, [(b"place", b"text")])
     erasing = asyncio.create_task(Eraser(connection, MASTERS).erase(ANN, BY))
-    await somebody_waits(database)
+    await lock_awaited(database)
     # It begins while the erasure waits for the key, and may hold it, too.
     await store.add(stored("resp_2"))
     await holding.rollback()
@@ -430,7 +419,7 @@ async def test_a_batch_that_goes_while_its_results_are_written_leaves_none(
     await removing.start()
     await connection.execute("delete from comp_ai.batches where id = $1", batch_id)
     tending = asyncio.create_task(tend(pool))
-    await somebody_waits(database)
+    await lock_awaited(database)
     await removing.commit()
     await tending
     results = "select count(*) from comp_ai.files where purpose = 'batch_output'"
