@@ -49,8 +49,11 @@ def _built(app: ServeApplicationSchema) -> dict[str, int]:
         build = import_attr(app.import_path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{where}.import_path", app.import_path, str(error)) from None
+    check_args = getattr(sys.modules[build.__module__], "check", None)
     try:
         built = build_app(build(app.args), name=app.name)
+        if check_args is not None:
+            check_args(app.args)
     except ConfigError as error:
         raise ConfigError(f"{where}.{error.setting}", error.value, error.allowed) from None
     known = {one.name: one._deployment_config.max_surge_percent for one in built.deployments}

@@ -1,135 +1,119 @@
-"""A model: vLLM in a Serve replica, asked over HTTP under a lease that Ray hands out."""
+"""A model: vLLM in a Serve replica, asked over HTTP under a lease that Ray hands out.
+
+Serve imports this module wherever it builds the application, so it imports no engine: a replica
+does that when it starts (`deployments.engine`).
+"""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import prometheus_client
+from ray import serve
 from ray.serve import Application
-from ray.serve.llm import LLMConfig, build_llm_deployment
-from ray.serve.llm.deployment import LLMServer
+from ray.util.accelerators import accelerators
 
 from deployments.leasing import Leasing, replica_id
+from deployments.model_files import find_files
 from deployments.options import ModelArgs
 from serve_app.config import parse_config
 from serve_app.engine_counters import EngineCounters, read_engine_counters, read_progress
 from serve_app.engine_watch import EngineStuck, EngineWatch
-from serve_app.errors import ModelNotReady
-from serve_app.models.weights import adapter_rank, find_adapter, find_weights
+from serve_app.errors import ConfigError, ModelNotReady
 from serve_app.replica import Run
-from serve_app.settings import TracingSettings, load_settings
+from serve_app.settings import load_settings
+
+if TYPE_CHECKING:
+    from deployments.engine import Engine
+
+# Where a Serve config sets none: what is too much waits in the engine.
+_NO_BOUND = 1_000_000_000
+# The sizes by which an engine takes several devices.
+_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 
 
 def build(args: dict[str, Any]) -> Application:
     """Build the Serve application of one model from its `args` in the config YAML.
 
     Raises:
-        ConfigError: for an unknown setting, a wrong value, or weights that are not there.
+        ConfigError: for an unknown setting, a wrong value, or weights that are not there. What
+            only vLLM knows of its arguments is left to `check` and to the start of a replica.
     """
     model = parse_config(ModelArgs, args, "args")
-    return build_llm_deployment(
-        llm_config(model),
-        name_prefix="Model:",
-        deployment_cls=Model,
-        bind_kwargs={"stuck_after_s": model.stuck_after_s},
+    find_files(model, load_settings().service.models_path)
+    deployed = serve.deployment(
+        name=deployment_name(model.name),
+        max_ongoing_requests=_NO_BOUND,
+        health_check_period_s=10,
+        health_check_timeout_s=10,
+        ray_actor_options={"num_cpus": model.replica_cpus},
+        placement_group_bundles=placement(model),
+        placement_group_strategy="PACK",
     )
+    return deployed(Model).bind(model)
 
 
-def llm_config(model: ModelArgs) -> LLMConfig:
-    """Return what Ray's LLMServer is to run. Raises ConfigError where weights are missing."""
-    device: dict[str, Any] = (
-        {"accelerator_config": {"kind": "cpu"}}
-        if model.device == "cpu"
-        else {"accelerator_type": model.accelerator_type}
-    )
-    settings = load_settings()
-    models_path = settings.service.models_path
-    weights = find_weights("args.weights", model.weights, models_path)
-    return LLMConfig(
-        model_loading_config={"model_id": model.name, "model_source": weights},
-        engine_kwargs={
-            **_adapter_arguments(model, models_path),
-            **_tracing_arguments(settings.tracing),
-            **model.engine,
-        },
-        deployment_config={"ray_actor_options": {"num_cpus": model.replica_cpus}},
-        # vLLM then keeps its counters in this process's Prometheus registry, where the
-        # accounts can read them exactly; Ray's copy of them is minutes of delay away.
-        log_engine_metrics=False,
-        **device,
-    )
+def check(args: dict[str, Any]) -> None:
+    """Check what `build` leaves out, which takes seconds: whether vLLM has the arguments.
 
-
-def leave_nodes_as_they_are(config: LLMConfig) -> None:
-    """Have Ray start nothing that fetches weights before the engine starts.
-
-    They are in a folder, or the engine fetches them itself. Ray would find that out in a process
-    of its own on each node, which first imports all of vLLM: 15 s of a start on two cores.
+    Raises:
+        ConfigError: names the setting, the value and what is allowed.
     """
-    config.get_or_create_callback().ctx.run_init_node = False
+    from deployments.engine import checked_config
+
+    checked_config(parse_config(ModelArgs, args, "args"))
 
 
-def _tracing_arguments(settings: TracingSettings) -> dict[str, Any]:
-    """Return the engine argument by which vLLM makes a span of each request that is traced."""
-    return {} if settings.url is None else {"otlp_traces_endpoint": settings.url}
+def deployment_name(model_name: str) -> str:
+    """Return the name of a model's deployment, by which a Serve config sets its options."""
+    return "Model:" + model_name.replace("/", "--").replace(".", "_")
 
 
-def _tell_exporter_of_engine(settings: TracingSettings) -> None:
-    # vLLM takes no argument for these, and its processes inherit the environment.
-    if settings.url is not None:
-        os.environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
-        os.environ.setdefault("OTEL_SERVICE_NAME", f"{settings.service}-engine")
+def placement(model: ModelArgs) -> list[dict[str, float]]:
+    """Return the bundles of Ray's resources for one replica: a device each.
+
+    The replica's own process is in the first one. So Ray's LLM library has it, whose engine looks
+    for its devices in them.
+
+    Raises:
+        ConfigError: Ray knows no such accelerator, or a size is no number of devices.
+    """
+    device = {"CPU": 1.0} if model.device == "cpu" else {"GPU": 1.0, **_accelerator(model)}
+    tensor, pipeline = (_size(model, name) for name in _SIZES)
+    bundles = [dict(device) for _ in range(tensor * pipeline)]
+    bundles[0]["CPU"] = bundles[0].get("CPU", 0.0) + model.replica_cpus
+    return bundles
 
 
-def _adapter_arguments(model: ModelArgs, models_path: Path) -> dict[str, Any]:
-    """Return the engine arguments by which vLLM loads the adapters when it starts."""
-    modules, ranks = [], []
-    for index, adapter in enumerate(model.adapters):
-        setting = f"args.adapters.{index}.weights"
-        path = find_adapter(setting, adapter.weights, models_path)
-        modules.append({"name": adapter.name, "path": path})
-        ranks.append(adapter_rank(setting, path) or 0)
-    if not modules:
+def _accelerator(model: ModelArgs) -> dict[str, float]:
+    if model.accelerator_type is None:
         return {}
-    return {
-        "enable_lora": True,
-        "lora_modules": modules,
-        "max_loras": len(modules),
-        "max_lora_rank": _rank_of_engine(max(ranks)),
-    }
+    known = {value for name, value in vars(accelerators).items() if name.isupper()}
+    if model.accelerator_type not in known:
+        allowed = f"one that Ray knows: {', '.join(sorted(known))}"
+        raise ConfigError("args.accelerator_type", model.accelerator_type, allowed)
+    # A trace of the resource that Ray gives to nodes with such a device.
+    return {f"accelerator_type:{model.accelerator_type}": 0.001}
 
 
-def _rank_of_engine(rank: int) -> int:
-    """Return the lowest rank that vLLM offers and that holds `rank`."""
-    from vllm.config.lora import LoRAConfig, MaxLoRARanks
-
-    if rank == 0:
-        return int(LoRAConfig.max_lora_rank)
-    offered = sorted(get_args(MaxLoRARanks))
-    return int(next((r for r in offered if r >= rank), offered[-1]))
+def _size(model: ModelArgs, name: str) -> int:
+    size = model.engine.get(name, 1)
+    if not isinstance(size, int) or size < 1:
+        raise ConfigError(f"args.engine.{name}", size, "a whole number of devices from 1")
+    return size
 
 
-class Model(Leasing, LLMServer):
-    """An LLMServer that hands out leases and serves vLLM's own ASGI app under them."""
+class Model(Leasing):
+    """Hands out leases of the engine that it starts."""
 
     # Serve awaits a constructor that is a coroutine.
-    async def __init__(  # type: ignore[misc]
-        self, llm_config: LLMConfig, *, stuck_after_s: float
-    ) -> None:
-        self._watch = EngineWatch(stuck_after_s)
-        _tell_exporter_of_engine(load_settings().tracing)
-        leave_nodes_as_they_are(llm_config)
-        await super().__init__(llm_config)
+    async def __init__(self, model: ModelArgs) -> None:  # type: ignore[misc]
+        from deployments.engine import Engine
 
-    async def start(self) -> None:
-        """Start the engine, then the HTTP server in front of it."""
-        await super().start()
-        app = await self.__serve_build_asgi_app__()
-        self._engine = app.state.engine_client
-        await self.open_door(app, self._abort)
+        self._watch = EngineWatch(model.stuck_after_s)
+        self._engine: Engine | None = None
+        self._engine = await Engine.started(model)
+        await self.open_door(self._engine.app, self._abort)
 
     async def engine_counters(self) -> EngineCounters:
         """Return what vLLM counted in this replica since it started."""
@@ -142,41 +126,34 @@ class Model(Leasing, LLMServer):
 
     async def check_health(self) -> None:
         """Fail if engine or HTTP server are dead or stuck, so that Serve replaces the replica."""
-        await super().check_health()
+        await self._running.check_health()
         self.check_door()
         self._check_progress()
 
     async def __del__(self) -> None:
-        """Called by Serve when the replica stops."""
+        """Called by Serve when the replica stops, also where it never started."""
         await self.close_door()
-        await super().__del__()
+        if self._engine is not None:
+            await self._engine.stop()
 
     def check_admission(self) -> None:
         """Refuse leases when the engine is dead; Serve takes a while to replace the replica."""
-        if self._engine.errored:
+        if self._running.errored:
             raise ModelNotReady
 
+    @property
+    def _running(self) -> Engine:
+        assert self._engine is not None
+        return self._engine
+
     def _check_progress(self) -> None:
-        unfinished = self._engine.output_processor.get_num_unfinished_requests()
+        progress = read_progress(prometheus_client.REGISTRY.collect())
         try:
-            self._watch.look(unfinished, read_progress(prometheus_client.REGISTRY.collect()))
+            self._watch.look(self._running.unfinished, progress)
         except EngineStuck:
-            # Now its requests fail at once: Serve would give them all the time of a graceful
-            # stop. The processes of the engine are the only ones that are started here.
-            for process in multiprocessing.active_children():
-                process.kill()
+            # Serve would give its requests all the time of a graceful stop.
+            self._running.kill()
             raise
 
     async def _abort(self, run: Run) -> None:
-        await self._engine.abort(_running_for(run, self._engine.output_processor))
-
-
-def _running_for(run: Run, outputs: Any) -> list[str]:
-    """Return the ids that vLLM's endpoints gave to what they do for the request of `run`.
-
-    They make them of its X-Request-ID, with a prefix by endpoint and mostly a suffix by prompt:
-    see `request_id` in vllm/entrypoints.
-    """
-    if not run.request_id:
-        return []
-    return [name for name in outputs.external_req_ids if run.request_id in name]
+        await self._running.abort(run)

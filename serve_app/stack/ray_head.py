@@ -141,7 +141,8 @@ class RayHead:
             "metrics-export-port": self.service.metrics_port,
             **_node_flags(self.home),
         }
-        return _start_command(flags, "--head")
+        # Nobody adds nodes by Ray's autoscaler, whose monitor would only stand by.
+        return _start_command(flags, "--head", "--no-monitor")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +240,8 @@ def _node_flags(home: Home) -> dict[str, object]:
         "num-cpus": max(_LEAST_CPUS, len(os.sched_getaffinity(0))),
         "object-store-memory": _OBJECT_STORE_BYTES,
         "log-style": "record",
+        # It sends what workers print to drivers, of which there are none; we read the files.
+        "include-log-monitor": "false",
     }
 
 

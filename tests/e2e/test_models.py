@@ -77,6 +77,14 @@ def test_a_model_added_by_config_restarts_nothing_else(
     assert _steady(stack) == before
 
 
+@pytest.mark.parametrize(
+    "process", ["ray::TelemetryAgent", "/log_monitor.py", "/autoscaler/_private/monitor.py"]
+)
+def test_ray_runs_no_process_that_nobody_needs(stack: RunningStack, process: str) -> None:
+    assert stack.processes("ray::DashboardAgent")
+    assert not stack.processes(process)
+
+
 _REFERENCE = """
 import json, sys, torch
 from transformers import AutoModel, AutoTokenizer

@@ -10,6 +10,7 @@ import yaml
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
+from deployments.model import deployment_name
 from deployments.options import ModelArgs
 from serve_app.config import GatewayConfig, parse_config
 from serve_app.scaling.targets import POLICY, check_scaling
@@ -72,9 +73,7 @@ def test_the_context_is_that_of_the_engine(raw: dict[str, Any]) -> None:
 
 def test_models_have_bounded_queues_and_autoscaling(raw: dict[str, Any]) -> None:
     for model in _gateway_config(raw).models:
-        # Ray LLM makes the deployment's name of the model's.
-        name = "Model:" + model.name.replace("/", "--").replace(".", "_")
-        deployment = _deployment(_apps(raw)[model.app], name)
+        deployment = _deployment(_apps(raw)[model.app], deployment_name(model.name))
         assert deployment["max_ongoing_requests"] > 0
         assert deployment["max_queued_requests"] > 0
         assert deployment["autoscaling_config"]["target_ongoing_requests"] > 0

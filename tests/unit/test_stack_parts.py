@@ -145,6 +145,8 @@ def test_the_ray_head_is_ours_alone(tmp_path: Path) -> None:
     for wanted in ("--block", "--node-ip-address=127.0.0.1", "--port=7001", "--num-cpus="):
         assert wanted in command
     assert "--dashboard-host=127.0.0.1" in command
+    assert "--no-monitor" in command
+    assert "--include-log-monitor=false" in command
     assert not spec.restart
     assert spec.env is not None
     assert spec.env["POSTGRES_HOST"] == "/db"
@@ -207,6 +209,7 @@ def test_a_worker_joins_and_lets_replicas_finish(tmp_path: Path) -> None:
     ).spec(660)
     assert "--address=head:7001" in spec.command
     assert "--head" not in spec.command
+    assert "--include-log-monitor=false" in spec.command
     assert spec.env is not None
     assert spec.env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "660"
     assert spec.env["RAY_AUTH_TOKEN_PATH"] == str(alone.home.ray_token)
