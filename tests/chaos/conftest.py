@@ -14,6 +14,7 @@ from tests.sign_in_door import SignInDoor, sign_in_door
 from tests.stack_runner import RunningStack, running_stack
 
 PAIR = "pair"
+GATEWAYS = 2
 FLOOD = "flood"
 WRITE_TIMEOUT_S = 4
 # The fake model by another name, at 0.001 EUR a completion token.
@@ -54,7 +55,7 @@ def journals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stack(
     door: SignInDoor, journals: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningStack]:
-    config = suite_config(real_model=False, gateways=2)
+    config = suite_config(real_model=False, gateways=GATEWAYS)
     keep_journals(config, journals)
     add_fake(config, PAIR, replicas=2)
     # Long words, to fill the buffers on the way, some ten megabytes, with fewer frames.

@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.chaos.conftest import PAIR
+from tests.chaos.conftest import GATEWAYS, PAIR
 from tests.chaos.rollout import GATEWAY_APP, pids, replaced
 from tests.serve_configs import FAKE_MODEL
 from tests.stack_runner import RunningStack, wait_until
@@ -38,6 +38,8 @@ def _only(stack: RunningStack, name: str) -> bool:
 def test_model_is_found_again_under_another_deployment_name(stack: RunningStack) -> None:
     wait_until(stack.ready, "ready", 60)
     assert _asked(stack) == 200
+    # One that a test before has killed may still be on its way.
+    wait_until(lambda: len(pids(stack, "Gateway")) == GATEWAYS, "all gateways are back", 90)
     gateways = pids(stack, "Gateway")
     config = stack.config()
     for name in ("pair-again", PAIR):
