@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import asyncio
 
-import asyncpg
-
 from serve_app.database import connect
 from serve_app.settings import PostgresSettings
 
 _PATIENCE_S = 60.0
-
-
-async def who_waits(connection: asyncpg.Connection) -> list[str]:
-    """Return the application names of the sessions that wait for a lock now."""
-    # A transaction sees the activity as it was when it first looked.
-    await connection.execute("select pg_stat_clear_snapshot()")
-    rows = await connection.fetch(
-        "select application_name from pg_stat_activity "
-        "where wait_event_type = 'Lock' and datname = current_database()"
-    )
-    return [row["application_name"] for row in rows]
+_WAITING = (
+    "select application_name from pg_stat_activity "
+    "where wait_event_type = 'Lock' and datname = current_database()"
+)
 
 
 async def lock_awaited(database: PostgresSettings, sessions: int = 1) -> list[str]:
     """Return once so many sessions wait for a lock: their application names.
 
-    It looks through a connection of its own, whatever state those of the test are in.
+    It looks through a connection of its own: a transaction sees the sessions as they were when it
+    first looked.
 
     Raises:
         TimeoutError: it does not come to that.
@@ -34,8 +26,8 @@ async def lock_awaited(database: PostgresSettings, sessions: int = 1) -> list[st
     watcher = await connect(database, application_name="tests-watcher")
     try:
         async with asyncio.timeout(_PATIENCE_S):
-            while len(who := await who_waits(watcher)) < sessions:  # noqa: ASYNC110
+            while len(waiting := await watcher.fetch(_WAITING)) < sessions:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
-            return who
+            return [row["application_name"] for row in waiting]
     finally:
         await watcher.close()
