@@ -14,15 +14,18 @@ from load_tests.bench.asking import Answer, AnswerCut, Door, Question, ask, clie
 from serve_app.identity.api_keys import generate_key
 
 OWNER = "soak"
-# What a client does, and how many of a hundred do it.
+# What a client does, and how many of a thousand do it. Keys are made and revoked some hundred times
+# an hour, not with every thirtieth request: what is kept of each for the day would hide a leak.
 WEIGHTS: Mapping[str, int] = {
-    "stream": 50,
-    "whole": 24,
-    "leaves": 12,
-    "new connection": 6,
-    "wrong key": 5,
-    "key made and revoked": 3,
+    "stream": 500,
+    "whole": 250,
+    "leaves": 120,
+    "new connection": 75,
+    "wrong key": 50,
+    "key made and revoked": 5,
 }
+# A program with a wrong key asks with it again and again.
+_WRONG_KEYS = 100
 _LEAVING_TOKENS = 1000
 _LONGEST_ANSWER_S = 60.0
 # More than this under way means that the service does not keep up; nothing is asked meanwhile.
@@ -63,6 +66,7 @@ class Churn:
         self._model = model
         self._tokens = tokens
         self._rng = random.Random(seed)
+        self._wrong_keys = [generate_key()[0] for _ in range(_WRONG_KEYS)]
         self.seen = Seen()
         self._ways: Mapping[str, Callable[[aiohttp.ClientSession], Awaitable[None]]] = {
             "stream": self._stream,
@@ -137,8 +141,7 @@ class Churn:
             self._note(await ask(own, self._door, self._question()))
 
     async def _with_a_wrong_key(self, http: aiohttp.ClientSession) -> None:
-        key, _, _ = generate_key()
-        wrong = Door(url=self._door.url, headers=_bearer(key))
+        wrong = Door(url=self._door.url, headers=_bearer(self._rng.choice(self._wrong_keys)))
         try:
             await ask(http, wrong, self._question(stream=False))
         except aiohttp.ClientResponseError as error:

@@ -1,4 +1,4 @@
-"""What a stack holds now: memory, files and threads by part, spool, reservations, sessions."""
+"""What a stack holds now: memory, files and threads by part; spool, reservations, sessions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from load_tests.bench.cost import below, part_of
 from tests.chaos.reconcile import spooled
 from tests.stack_runner import RunningStack
 
-_SESSIONS = """
-select count(*) as sessions from pg_stat_activity
-where backend_type = 'client backend' and pid <> pg_backend_pid()
+_DATABASE = """
+select
+    (select count(*) from pg_stat_activity
+     where backend_type = 'client backend' and pid <> pg_backend_pid()) as sessions,
+    (select count(*) from pg_class) as relations
 """
 _HELD = "select count(*) from reservations where ended_at is null"
 
@@ -26,9 +28,12 @@ def footprint(stack: RunningStack) -> dict[str, dict[str, float]]:
     """Return every figure of a stack, by part.
 
     Memory is what a part has resident and shares with no file and no other process. Pages that
-    PostgreSQL shares among its sessions would count once for each that has touched them.
+    PostgreSQL shares among its sessions would count once for each that has touched them. Each of
+    these keeps the files of the tables that it has read open, for as long as it lives; whether
+    they become more without end is told by how many sessions and relations there are.
     """
     found = of_processes(below(stack.process.pid))
+    found.get("postgres", {}).pop("files", None)
     found["spool"] = {
         "bytes": sum(_size_bytes(folder) for folder in stack.spools),
         "records": spooled(stack.spools),
@@ -36,8 +41,8 @@ def footprint(stack: RunningStack) -> dict[str, dict[str, float]]:
     found["limits"] = {"bytes": _size_bytes(stack.home / "limits"), "held": reservations(stack)}
     # PostgreSQL may refuse just now: the figure is then missing, which tells nothing.
     with contextlib.suppress(OSError, asyncpg.PostgresError):
-        [row] = stack.rows(_SESSIONS)
-        found["sessions"] = {"sessions": row["sessions"]}
+        [row] = stack.rows(_DATABASE)
+        found["database"] = {"sessions": row["sessions"], "relations": row["relations"]}
     return found
 
 

@@ -33,11 +33,13 @@ class Bound:
 BOUNDS: Mapping[str, Bound] = {
     "memory_bytes": Bound(4 * _MIB, 0.02),
     "files": Bound(4),
-    "threads": Bound(1),
+    # A pool of threads makes one more when all are busy, until it has six.
+    "threads": Bound(4),
     "bytes": Bound(1 * _MIB),
     "records": Bound(2),
     "held": Bound(2),
     "sessions": Bound(1),
+    "relations": Bound(1),
 }
 
 
