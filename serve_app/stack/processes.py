@@ -1,6 +1,6 @@
 """Child processes of `comp-ai up`: start, watch, start again, and leave none behind.
 
-Each child leads a session of its own, so that a Ctrl-C in the terminal reaches `up` alone,
+Each child leads a group of its own, so that a Ctrl-C in the terminal reaches `up` alone,
 which then stops them in order. `up` is the reaper of all its descendants: what a dead child
 leaves behind comes to us and is ended with the rest.
 """
@@ -48,6 +48,9 @@ class ProcessSpec:
         restart: start it again when it dies; otherwise its death ends `up`.
         attempts: starts that are tried before it is called ready, where `restart` is off.
         before_restart: called, in a thread, before each new start.
+        own_session: lead a session, too, by which all that it leaves is found, whatever groups
+            its processes have made. Linux shares the CPUs out by session (sched_autogroup), and
+            there are kernels that let what is in another session than an engine's wait for seconds.
     """
 
     name: str
@@ -60,6 +63,7 @@ class ProcessSpec:
     restart: bool = True
     attempts: int = 1
     before_restart: Callable[[], None] | None = None
+    own_session: bool = False
 
 
 @dataclass(slots=True)
@@ -162,7 +166,9 @@ class Supervisor:
                     stdout=log,
                     stderr=log,
                     env=env,
-                    start_new_session=True,
+                    # A new session is a new group.
+                    start_new_session=spec.own_session,
+                    process_group=None if spec.own_session else 0,
                     **identity,  # type: ignore[arg-type]  # passed on to subprocess.Popen
                 )
             except OSError as error:
@@ -193,7 +199,7 @@ class Supervisor:
         if time.monotonic() - child.started > _HEALTHY_AFTER_S:
             child.backoff_s = _FIRST_BACKOFF_S
         # What it left may hold its port or its data: nginx's workers outlive their master.
-        await asyncio.to_thread(end_processes, session_of(child.process.pid), 1.0)
+        await asyncio.to_thread(end_processes, left_by(child.process.pid), 1.0)
         while True:
             await asyncio.sleep(child.backoff_s)
             child.backoff_s = min(child.backoff_s * 2, _MAX_BACKOFF_S)
@@ -218,9 +224,9 @@ def reap_orphans(own: set[int]) -> None:
     """Take the exit codes of dead processes that came to us, `own` children excepted."""
     for process in psutil.Process().children():
         with suppress(psutil.Error, OSError):
-            # What `subprocess.run` started shares our session: its zombie is not ours to
+            # What `subprocess.run` started shares our group: its zombie is not ours to
             # take, the caller wants the exit code.
-            orphan = process.pid not in own and os.getsid(process.pid) != os.getsid(0)
+            orphan = process.pid not in own and os.getpgid(process.pid) != os.getpgrp()
             if orphan and process.status() == psutil.STATUS_ZOMBIE:
                 os.waitpid(process.pid, os.WNOHANG)
 
@@ -237,12 +243,12 @@ def descendants() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
 
 
-def session_of(leader: int) -> list[psutil.Process]:
-    """Return our descendants that belong to the session which `leader` led."""
+def left_by(leader: int) -> list[psutil.Process]:
+    """Return our descendants that belong to the group or to the session which `leader` led."""
     found = []
     for process in descendants():
         with suppress(OSError):
-            if os.getsid(process.pid) == leader:
+            if leader in (os.getpgid(process.pid), os.getsid(process.pid)):
                 found.append(process)
     return found
 

@@ -178,6 +178,8 @@ class RayWorker:
             stop_timeout_s=drain_s + _STOP_S,
             # The head may not be there yet, or be away: try again until it is.
             restart=True,
+            # Ray's workers, and HAProxy, have groups of their own.
+            own_session=True,
         )
 
     def _command(self) -> list[str]:

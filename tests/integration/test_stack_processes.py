@@ -70,6 +70,22 @@ def _left(home: Path) -> list[psutil.Process]:
     return found
 
 
+def test_children_are_out_of_reach_of_ctrl_c_and_share_the_time_of_the_cpu(
+    tmp_path: Path,
+) -> None:
+    # The terminal signals a process group; the kernel shares its time out by session.
+    scenario(
+        tmp_path,
+        """
+        await supervisor.start(spec("one"))
+        pid = supervisor.pid("one")
+        await until(lambda: os.getpgid(pid) == pid)
+        assert os.getsid(pid) == os.getsid(0)
+        await supervisor.close()
+        """,
+    )
+
+
 def test_a_killed_child_runs_again(tmp_path: Path) -> None:
     scenario(
         tmp_path,
@@ -83,17 +99,28 @@ def test_a_killed_child_runs_again(tmp_path: Path) -> None:
     )
 
 
-def test_what_a_killed_child_left_is_ended_before_it_runs_again(tmp_path: Path) -> None:
-    # As nginx: a worker that holds the port outlives its master.
+@pytest.mark.parametrize(
+    ("more", "worker"),
+    [
+        pytest.param("", "", id="nginx: a worker that holds the port outlives its master"),
+        pytest.param(
+            "own_session=True", "process_group=0", id="ray: its workers have groups of their own"
+        ),
+    ],
+)
+def test_what_a_killed_child_left_is_ended_before_it_runs_again(
+    more: str, worker: str, tmp_path: Path
+) -> None:
     scenario(
         tmp_path,
-        """
+        f"""
         code = (
             "import subprocess, sys, time\\n"
-            "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])\\n"
+            "sleep = [sys.executable, '-c', 'import time; time.sleep(300)']\\n"
+            "worker = subprocess.Popen(sleep, {worker})\\n"
             "time.sleep(300)"
         )
-        await supervisor.start(spec("master", [sys.executable, "-c", code]))
+        await supervisor.start(spec("master", [sys.executable, "-c", code], {more}))
         first = supervisor.pid("master")
         await until(lambda: len(psutil.Process(first).children()) == 1)
         worker = psutil.Process(first).children()[0]
