@@ -226,6 +226,13 @@ def test_every_service_is_bounded_and_comes_back(
         assert service["restart"] == ("no" if once else "unless-stopped"), name
 
 
+def test_nginx_goes_before_a_model_that_has_all_cpus_busy(
+    stack: dict[str, Any], worker: dict[str, Any]
+) -> None:
+    services = _services(stack, worker)
+    assert {name for name, service in services if service.get("cpu_shares")} == {"nginx"}
+
+
 def test_every_image_names_its_version(stack: dict[str, Any], worker: dict[str, Any]) -> None:
     for name, service in _services(stack, worker):
         tag = service["image"].rsplit("/", 1)[-1].split("@")[0].partition(":")[2]
