@@ -42,7 +42,7 @@ def footprint(stack: RunningStack) -> dict[str, dict[str, float]]:
     # PostgreSQL may refuse just now: the figure is then missing, which tells nothing.
     with contextlib.suppress(OSError, asyncpg.PostgresError):
         [row] = stack.rows(_DATABASE)
-        found["database"] = {"sessions": row["sessions"], "relations": row["relations"]}
+        found["database"] = dict(row)
     return found
 
 

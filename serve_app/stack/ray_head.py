@@ -106,6 +106,8 @@ class RayHead:
             restart=False,
             # On a busy machine Ray gives up after 30 s, which cannot be set.
             attempts=3,
+            # From a store applications come back before it is ready: see `RayWorker.spec`.
+            own_session=self.store is not None,
         )
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:

@@ -11,10 +11,10 @@ from load_tests.bench.asking import Door
 from load_tests.soak.churn import Churn, Seen
 from load_tests.soak.trend import Figures
 from load_tests.soak.watching import LASTING, lasting, more_held, rest
+from tests.chaos.conftest import GATEWAYS
 from tests.serve_configs import FAKE_MODEL
 from tests.stack_runner import RunningStack, wait_until
 
-_GATEWAYS = 2
 _CLIENTS = 16
 # Until caches and pools are filled.
 _WARM_UP = 400
@@ -53,7 +53,7 @@ def _growth_bytes(held: list[Figures]) -> dict[str, float]:
 @pytest.mark.timeout(400)
 def test_churn_leaves_nothing_behind(stack: RunningStack) -> None:
     wait_until(stack.ready, "ready before the churn", 60)
-    wait_until(lambda: len(stack.replicas("Gateway")) == _GATEWAYS, "older gateways are gone", 60)
+    wait_until(lambda: len(stack.replicas("Gateway")) == GATEWAYS, "older gateways are gone", 60)
     born = lasting(stack)
     held, seen = asyncio.run(_churned(stack))
     grown = _growth_bytes(held)

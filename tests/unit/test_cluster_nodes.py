@@ -86,6 +86,17 @@ def test_a_head_with_a_store_is_found_again_by_its_workers(tmp_path: Path) -> No
     assert spec.stop_timeout_s > 660
 
 
+def test_what_a_node_leaves_is_found_by_its_session(tmp_path: Path) -> None:
+    alone = _in_cluster(tmp_path)
+    worker = RayWorker(
+        home=alone.home, service=alone.service, project=alone.project, head="10.0.0.1:6379"
+    )
+    assert worker.spec(660).own_session
+    assert replace(alone, store=tmp_path / "store").spec({}).own_session
+    # Beside nginx the kernel must not set it apart.
+    assert not alone.spec({}).own_session
+
+
 def test_a_head_with_a_store_names_its_address(tmp_path: Path) -> None:
     settings = load_settings({"COMP_AI_HOME": str(tmp_path), "COMP_AI_RAY_STORE": "/store"})
     with pytest.raises(ConfigError, match="COMP_AI_NODE_ADDRESS"):
