@@ -166,7 +166,10 @@ class RunningStack:
             return False
 
     def engine(self, app: str) -> dict[str, Any]:
-        """Return the engine's own counters of the model application `app`, now."""
+        """Return the engine's own counters of the model application `app`, now.
+
+        Of one replica, and while another is busier, always of the idle one.
+        """
         if self.probe is None:
             self.probe = start_driver(self.env, self.home / "run" / "ray-token", _PROBE)
         assert self.probe.stdin is not None

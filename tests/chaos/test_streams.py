@@ -15,6 +15,7 @@ import psutil
 
 from tests.chaos.conftest import FLOOD, PAIR, WRITE_TIMEOUT_S
 from tests.chaos.load import Load, Seen, Wishes
+from tests.serve_configs import FAKE_MODEL
 from tests.stack_runner import RunningStack, wait_until
 
 _MIB = 1024 * 1024
@@ -134,15 +135,20 @@ def test_lost_gateway_is_told_in_the_openai_form(stack: RunningStack) -> None:
     answers: list[httpx.Response] = []
 
     def ask() -> None:
-        # Ten seconds: a look at the engine may first meet a replica that an earlier test killed.
-        body = {"model": PAIR, "messages": [{"role": "user", "content": "x"}], "max_tokens": 2000}
+        body = {
+            "model": FAKE_MODEL,
+            "messages": [{"role": "user", "content": "x"}],
+            "max_tokens": 1000,
+        }
         url = f"{stack.url}/v1/chat/completions"
         answers.append(httpx.post(url, headers=stack.bootstrap, json=body, timeout=60))
 
     asking = [threading.Thread(target=ask) for _ in range(6)]
     for thread in asking:
         thread.start()
-    wait_until(lambda: stack.engine(PAIR)["requests_running"] > 0, "an answer is under way", 30)
+    wait_until(
+        lambda: stack.engine(FAKE_MODEL)["requests_running"] > 0, "an answer is under way", 30
+    )
     for replica in stack.replicas("Gateway"):
         replica.kill()
     for thread in asking:
