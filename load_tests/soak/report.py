@@ -81,17 +81,17 @@ def _trend_table(found: Sequence[Trend]) -> list[str]:
         "## What is held",
         "",
         f"After the first {WARM_UP:.0%} of the time: medians of the first and of the last tenth, "
-        "Theil-Sen slope an hour, and the most that counts as flat. Memory is resident and not "
-        "shared.",
+        "Theil-Sen slope an hour, the lower end of its interval of 95 %, and the most that counts as "
+        "flat; so does what may be chance. Memory is resident and not shared.",
         "",
-        "| part | what | first | last | an hour | bound | |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| part | what | first | last | an hour | at least | bound | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *(_trend_row(one) for one in sorted(found, key=lambda one: (one.figure, one.part))),
     ]
 
 
 def _trend_row(one: Trend) -> str:
-    figures = (one.first, one.last, one.slope_an_hour, one.bound_an_hour)
+    figures = (one.first, one.last, one.slope_an_hour, one.least_an_hour, one.bound_an_hour)
     told = " | ".join(amount(one.figure, value) for value in figures)
     what = one.figure.removesuffix("_bytes")
     return f"| {one.part} | {what} | {told} | {'flat' if one.flat else '**grows**'} |"

@@ -13,7 +13,7 @@ from load_tests.bench.cost import part_of
 from load_tests.figures import can_draw
 from load_tests.soak import report
 from load_tests.soak.capacity import Step, TooSlow, find_rate, hold_rate
-from load_tests.soak.trend import BOUNDS, Trend, slope_an_hour, trends
+from load_tests.soak.trend import BOUNDS, Trend, slopes_an_hour, trends
 from load_tests.soak.watching import Findings, Sample, more_held
 
 _MIB = 2**20
@@ -33,19 +33,38 @@ def files(value: Callable[[float], float]) -> Trend:
 
 
 def test_slope_is_that_of_the_line() -> None:
-    assert slope_an_hour([0, 1800, 3600], [5, 10, 15]) == pytest.approx(10)
+    assert slopes_an_hour([0, 1800, 3600], [5, 10, 15]) == (pytest.approx(10), pytest.approx(10))
 
 
 def test_slope_is_not_moved_by_a_fifth_of_wild_samples() -> None:
     rng = random.Random(1)
     values = [1e6 if rng.random() < 0.2 else 3.0 for _ in EVERY_10_S]
-    assert slope_an_hour(EVERY_10_S, values) == pytest.approx(0)
+    assert slopes_an_hour(EVERY_10_S, values)[0] == pytest.approx(0)
+
+
+def test_true_slope_is_under_the_lower_end_once_in_forty() -> None:
+    rng = random.Random(3)
+    times_s = EVERY_10_S[:60]
+    under = 0
+    for _ in range(400):
+        values = [5 * at_s / 3600 + rng.gauss(0, 5) for at_s in times_s]
+        slope, least = slopes_an_hour(times_s, values)
+        assert least < slope
+        under += least > 5
+    assert under == pytest.approx(10, abs=8)
 
 
 def test_noise_is_flat_and_a_leak_under_the_same_noise_is_not() -> None:
     rng = random.Random(2)
     assert files(lambda hours: 60 + rng.gauss(0, 5)).flat
     assert not files(lambda hours: 60 + rng.gauss(0, 5) + 10 * hours).flat
+
+
+def test_slope_over_its_bound_that_may_be_chance_is_flat() -> None:
+    rng = random.Random(17)
+    found = files(lambda _hours: 85 + rng.gauss(0, 15))
+    assert found.slope_an_hour > found.bound_an_hour
+    assert found.flat
 
 
 def test_what_shrinks_is_flat() -> None:
