@@ -81,8 +81,8 @@ def _trend_table(found: Sequence[Trend]) -> list[str]:
         "## What is held",
         "",
         f"After the first {WARM_UP:.0%} of the time: medians of the first and of the last tenth, "
-        "Theil-Sen slope an hour, the lower end of its interval of 95 %, and the most that counts as "
-        "flat; so does what may be chance. Memory is resident and not shared.",
+        "Theil-Sen slope an hour, the lower end of its interval of 95 %, and the most that counts "
+        "as flat; so does what may be chance. Memory is resident and not shared.",
         "",
         "| part | what | first | last | an hour | at least | bound | |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
