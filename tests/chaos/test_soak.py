@@ -50,10 +50,19 @@ def _growth_bytes(held: list[Figures]) -> dict[str, float]:
     }
 
 
+def _all_there(stack: RunningStack) -> bool:
+    found = lasting(stack)
+    replicas = {"Gateway": GATEWAYS, "Limits": 1, "RequestLog": 1, FAKE_MODEL: 1}
+    return found.keys() == set(LASTING) and all(
+        len(found[part]) == count for part, count in replicas.items()
+    )
+
+
 @pytest.mark.timeout(400)
 def test_churn_leaves_nothing_behind(stack: RunningStack) -> None:
     wait_until(stack.ready, "ready before the churn", 60)
-    wait_until(lambda: len(stack.replicas("Gateway")) == GATEWAYS, "older gateways are gone", 60)
+    # A test before may have had them replaced.
+    wait_until(lambda: _all_there(stack), "each part is there, and no older one", 60)
     born = lasting(stack)
     held, seen = asyncio.run(_churned(stack))
     grown = _growth_bytes(held)
